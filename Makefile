@@ -1,0 +1,38 @@
+# Two commands do everything: `make train` and `make test`. Both make the environment first, where it is missing.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# Threads that wait by spinning make training many times slower when anything else is running beside it.
+export GOMP_SPINCOUNT ?= 0
+
+.PHONY: train test lab export clean
+
+train: $(READY)
+	@mkdir -p outputs
+	$(BIN)/papermill nbs/05_train.ipynb outputs/05_train.ipynb -p backbone resnet18 --log-output --no-progress-bar
+	@$(BIN)/ctbm show
+
+test: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/python -m pytest
+
+lab: $(READY)
+	$(BIN)/jupyter lab nbs
+
+# After editing notebooks: clean them, write the package and the README from them.
+export: $(READY)
+	$(BIN)/nbdev_clean
+	$(BIN)/nbdev_export
+	$(BIN)/python .ci/readme.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+
+$(READY): constraints.txt settings.ini setup.py pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ctbm needs Python 3.11 or later: make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
