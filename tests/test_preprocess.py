@@ -1,0 +1,277 @@
+"The way from HU to a network's input: the published steps, and the laws of our own crop, windows and letterbox."
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, asdict
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ctbm.preprocess import (
+    AIR_HU,
+    WINDOWS,
+    Preprocess,
+    bounding_box,
+    examples_grid,
+    letterbox,
+    published_mask,
+    read_hu,
+    resize,
+    skull_box,
+    skull_mask,
+    steps,
+    window,
+)
+
+SERIES = [f"{number:02}" for number in range(1, 29)]
+
+
+@pytest.fixture(scope="module")
+def series(data):
+    "A real head from the base of the skull to above the vertex"
+    return {name: read_hu(data / "headct_ge_hispeed_tilt18p5" / f"{name}.dcm") for name in SERIES}
+
+
+@pytest.fixture(scope="module")
+def head(series):
+    return series["15"]
+
+
+def shifted(hu, rows, cols):
+    "The picture moved, air where nothing was"
+    out = np.full_like(hu, AIR_HU)
+    height, width = hu.shape
+    out[max(rows, 0) : height + min(rows, 0), max(cols, 0) : width + min(cols, 0)] = hu[
+        max(-rows, 0) : height - max(rows, 0), max(-cols, 0) : width - max(cols, 0)
+    ]
+    return out
+
+
+# The published steps, once more and independently
+
+
+@pytest.mark.parametrize("name", ["02", "10", "15", "27"])
+@pytest.mark.parametrize("size", [256, 224])
+def test_published_steps(series, name, size):
+    hu = series[name].astype(np.float64)
+    hu[hu <= np.quantile(hu, 0.01)] = -1024
+    rows, cols = np.nonzero(hu > np.quantile(hu, 0.98))
+    crop = hu[rows.min() : rows.max() + 1, cols.min() : cols.max() + 1]
+    image = np.stack([np.clip((crop - low) / 30, 0, 1) for low in (0, 30, 60)])
+
+    height, width = crop.shape
+    scale = min(size / height, size / width)
+    new_height, new_width = round(height * scale), round(width * scale)
+    image = torch.from_numpy(image)[None].float()
+    image = F.interpolate(image, size=(new_height, new_width), mode="bilinear", align_corners=False)[0]
+    top, left = (size - new_height) // 2, (size - new_width) // 2
+    image = F.pad(image, (left, size - new_width - left, top, size - new_height - top))
+
+    ours = Preprocess.published(size)(series[name])
+    assert ours.shape == (3, size, size) and ours.dtype == np.float32
+    assert np.abs(ours - image.numpy()).max() < 1e-4 # PyTorch takes its coordinates in single precision
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(256, 233), (100, 91), (600, 700), (1, 5)])
+def test_bilinear_is_torchs(rows, cols):
+    plane = np.random.default_rng(0).random((380, 347), np.float32)
+    theirs = F.interpolate(torch.from_numpy(plane)[None, None], size=(rows, cols), mode="bilinear", align_corners=False)[0, 0]
+    assert np.abs(resize(plane, rows, cols, "bilinear") - theirs.numpy()).max() < 1e-4
+
+
+# Our crop
+
+
+@pytest.mark.parametrize("name", SERIES)
+def test_skull_is_inside_and_headrest_outside(series, name):
+    "The headrest of this series is bright, touches an ear and reaches columns 60 and 450"
+    box, hu = skull_box(series[name]), series[name]
+    assert 0 < box.top < box.bottom < 512 and 60 < box.left < box.right < 450
+    dense = cv2.morphologyEx((hu > 400).astype(np.uint8), cv2.MORPH_OPEN, np.ones((9, 9), np.uint8)) # no shell is as thick
+    thick = bounding_box(dense)
+    assert box.top <= thick.top and box.left <= thick.left and box.bottom >= thick.bottom and box.right >= thick.right
+
+
+def test_box_changes_little_from_slice_to_slice(series):
+    boxes = np.array([skull_box(series[name]) for name in SERIES])
+    assert np.abs(np.diff(boxes[:26], axis=0)).max() <= 40 # the last slices leave the head, 7 mm each
+    sides = boxes[:, 1] - boxes[:, 0], boxes[:, 3] - boxes[:, 2]
+    assert min(side[:24].min() for side in sides) > 250 and min(side.min() for side in sides) > 80
+
+
+@pytest.mark.parametrize("name", ["01", "10", "15", "25", "28"])
+def test_stray_bright_pixels_do_not_move_the_box(series, name):
+    hu = series[name].copy()
+    rng = np.random.default_rng(0)
+    hu[rng.integers(0, 512, 30), rng.integers(0, 40, 30)] = 3000
+    hu[5:9, 480:484] = 3000 # an earring beside the head
+    assert skull_box(hu) == skull_box(series[name])
+    assert bounding_box(published_mask(hu)) != bounding_box(published_mask(series[name]))
+
+
+@pytest.mark.parametrize("name", ["10", "15", "25", "28"])
+@pytest.mark.parametrize("hu_of_rest", [-100, 300, 1000])
+def test_a_headrest_does_not_move_the_box(series, name, hu_of_rest):
+    hu = series[name].copy()
+    rows, cols = np.ogrid[:512, :512]
+    radius = np.hypot(rows - 200, cols - 256)
+    rest = (radius > 295) & (radius < 307) & (rows > 250)
+    hu[rest] = np.maximum(hu[rest], hu_of_rest)
+    assert skull_box(hu) == skull_box(series[name])
+
+
+@pytest.mark.parametrize("name", ["05", "15", "24"])
+@pytest.mark.parametrize(("rows", "cols"), [(20, -16), (-12, 8), (24, 24)])
+def test_the_box_goes_with_the_head(series, name, rows, cols):
+    top, bottom, left, right = skull_box(series[name])
+    assert skull_box(shifted(series[name], rows, cols)) == (top + rows, bottom + rows, left + cols, right + cols)
+
+
+@pytest.mark.parametrize("name", ["10", "15", "25"])
+def test_padding_is_not_tissue(series, name):
+    hu, (rows, cols) = series[name].copy(), np.ogrid[:512, :512]
+    hu[np.hypot(rows - 255.5, cols - 255.5) > 250] = AIR_HU
+    assert skull_box(hu) == skull_box(series[name])
+
+
+def test_a_removed_bone_flap_does_not_cut_the_brain(head):
+    hu, box = head.copy(), skull_box(head)
+    flap = np.zeros_like(hu, bool)
+    flap[150:380, 330:] = True
+    hu[flap & (hu > 100)] = 40
+    bone = bounding_box(hu > 300)
+    assert skull_box(hu).right >= box.right - 16 > bone.left
+
+
+@pytest.mark.parametrize("hu", [AIR_HU, -1000])
+def test_nothing_to_crop_is_the_whole_image(hu):
+    blank = np.full((512, 384), hu, np.float32)
+    assert skull_box(blank) == bounding_box(published_mask(blank)) == (0, 512, 0, 384)
+    for spec in (Preprocess(), Preprocess.published()): assert not spec(blank).any()
+
+
+@pytest.mark.parametrize("side", [64, 96, 128, 200, 256, 300, 768, 1024])
+def test_the_box_does_not_depend_on_the_matrix(head, side):
+    box = np.array(skull_box(cv2.resize(head, (side, side), interpolation=cv2.INTER_AREA), margin_px=0)) / side
+    assert np.abs(box - np.array(skull_box(head, margin_px=0)) / 512).max() <= 2 / 64
+
+
+def test_margin(head):
+    tight, loose = skull_box(head, 0), skull_box(head, 9)
+    assert np.array_equal(np.subtract(tight, loose), [9, -9, 9, -9])
+    assert skull_box(head, 900) == (0, 512, 0, 512)
+    assert skull_mask(head)[tight.top : tight.bottom, tight.left : tight.right].sum() == skull_mask(head).sum()
+
+
+# Windows and letterbox
+
+
+def test_published_windows_are_the_thirds_of_one():
+    assert Preprocess(windows=("low", "mid", "high")) == Preprocess() == Preprocess(windows=[(15, 30), (45, 30), (75, 30)])
+    hu = np.linspace(-100, 200, 301, dtype=np.float32)
+    assert np.allclose(sum(window(hu, *WINDOWS[name]) for name in ("low", "mid", "high")) / 3, window(hu, 45, 90), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"),
+    [
+        ("contrast", 17.5, 52.5), ("baseline", 0, 80), ("oedema", -60, 140),
+        ("lung", -1350, 150), ("embolism", -250, 450), ("mediastinum", -160, 240),
+    ],
+)
+def test_windows_of_the_other_pipelines(name, low, high):
+    assert window(np.array([low - 1, low, (low + high) / 2, high, high + 1]), *WINDOWS[name]).tolist() == [0, 0, 0.5, 1, 1]
+
+
+def test_window_before_resize(head):
+    "The other order would show brain where bone and air meet"
+    spec = Preprocess(crop="none", windows=("brain",))
+    other = window(resize(head, 256, 256), *WINDOWS["brain"])
+    assert np.abs(spec(head)[0] - other).max() > 0.3
+
+
+@pytest.mark.parametrize("crop", ["skull", "published", "none"])
+@pytest.mark.parametrize("shape", [(512, 512), (300, 512), (512, 301)])
+def test_output_is_a_square_in_range(head, crop, shape):
+    out = Preprocess(size=97, crop=crop, windows=("brain", "bone"))(head[: shape[0], : shape[1]])
+    assert out.shape == (2, 97, 97) and out.dtype == np.float32 and out.min() >= 0 and out.max() <= 1 and out.flags.c_contiguous
+
+
+def test_letterbox_is_centred_and_keeps_proportions():
+    for rows, cols in ((400, 301), (301, 400), (7, 500), (512, 512), (1, 1000)):
+        place = letterbox((rows, cols), 256)
+        assert max(place.rows, place.cols) == 256 and min(place.rows, place.cols) >= 1
+        assert 0 <= 256 - place.rows - 2 * place.top <= 1 and 0 <= 256 - place.cols - 2 * place.left <= 1
+
+
+def test_pixels_that_are_not_square(data, head):
+    squeezed = read_hu(data / "odd_derived" / "08_nonsquare_pixels.dcm")
+    spec, square = Preprocess(crop="none"), Preprocess(crop="none")(head)
+    with_spacing = spec(squeezed, spacing_mm=(0.4882812, 0.9765624))
+    assert np.abs(with_spacing - square).mean() < 0.02 < np.abs(spec(squeezed) - square).mean()
+    for wrong in ((0, 1), (0.5, float("nan"))):
+        with pytest.raises(ValueError, match="spacing_mm"): spec(squeezed, wrong)
+
+
+def test_only_the_ratio_of_spacings_matters(head):
+    spec = Preprocess()
+    assert np.array_equal(spec(head), spec(head, (0.49, 0.49))) and np.array_equal(spec(head), spec(head, (3, 3)))
+
+
+# The spec
+
+
+def test_spec_survives_json_and_keys_a_table():
+    for spec in (Preprocess(), Preprocess.published(224), Preprocess(windows=("brain", (0.5, 3)), crop="none", margin_px=0)):
+        copy = Preprocess.from_dict(json.loads(json.dumps(asdict(spec))))
+        assert copy == spec and hash(copy) == hash(spec)
+    assert len({Preprocess(), Preprocess(size=224), Preprocess.published()}) == 3
+    with pytest.raises(FrozenInstanceError): Preprocess().size = 3
+
+
+@pytest.mark.parametrize(
+    ("values", "nearest"),
+    [
+        ({"sizes": 1}, "'size'"),
+        ({"crop": "scull"}, "'skull'"),
+        ({"resize": "bilinaer"}, "'bilinear'"),
+        ({"floor": "publish"}, "'published'"),
+        ({"windows": ["bran"]}, "'brain'"),
+        ({"windows": []}, "windows"),
+        ({"windows": [[40, 0]]}, "windows"),
+        ({"size": 0}, "size"),
+        ({"margin_px": -1}, "margin_px"),
+    ],
+)
+def test_mistakes_are_named(values, nearest):
+    with pytest.raises(ValueError, match=nearest): Preprocess.from_dict(values)
+
+
+def test_calls_do_not_change_the_image_and_repeat(head):
+    before = head.copy()
+    for spec in (Preprocess(), Preprocess.published()):
+        assert np.array_equal(spec(head), spec(head)) and np.array_equal(spec(head), spec(head.astype(np.int16)))
+    assert np.array_equal(head, before)
+
+
+# Pictures
+
+
+@pytest.mark.parametrize("spec", [Preprocess(), Preprocess.published(), Preprocess(windows=("brain",))])
+def test_steps_and_their_picture(series, spec, tmp_path):
+    stages, count = steps(series["20"], spec), len(spec.windows)
+    assert list(stages) == ["raw", "mask", "crop", *(f"w{i + 1}" for i in range(count))]
+    assert np.array_equal(np.stack(list(stages.values())[3:]), spec(series["20"]))
+    fig = examples_grid([series["10"], series["20"]], ["10", "20"], spec)
+    fig.savefig(tmp_path / "grid.png", dpi=50)
+    assert len(fig.axes) == 2 * (3 + count) and (tmp_path / "grid.png").stat().st_size > 10_000
+
+
+def test_no_torch_and_no_matplotlib_needed():
+    code = "import sys, ctbm.preprocess; assert not {'torch', 'matplotlib', 'scipy', 'pandas'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
