@@ -6,8 +6,8 @@
 __all__ = ['CT_CLASSES', 'SECONDARY_CAPTURE', 'JPEG', 'LOSSY_JPEG', 'APPROXIMATE', 'FAITHFUL', 'COLUMNS', 'ORDER', 'CHUNK',
            'WORTH_PROCESSES', 'SAME_PLACE_MM', 'SAME_SPACING_MM', 'SHARED', 'LABELS', 'EMPTY', 'Finding', 'NOT_A_SLICE',
            'TILT_DEG', 'TAG_DEG', 'PLACEHOLDERS', 'SERIES_SHOWN', 'slice_normal', 'position_mm', 'tilt_deg', 'scan',
-           'spacings', 'missing_slices', 'images', 'kind', 'series', 'read_labels', 'join_labels', 'findings',
-           'describe']
+           'spacings', 'missing_slices', 'images', 'kind', 'series', 'read_labels', 'join_labels', 'usable', 'checks',
+           'findings', 'describe']
 
 # %% ../nbs/00_cohort.ipynb #7df091b5
 import codecs
@@ -635,6 +635,32 @@ def join_labels(
     joined = _ordered(pd.concat([table, _label_rows(spare)], ignore_index=True) if len(spare) else table)
     if write_clean is not None: _write_clean(joined, Path(write_clean), csv)
     return joined
+
+# %% ../nbs/00_cohort.ipynb #048afe8c
+def usable(
+    table: pd.DataFrame,  # from `join_labels`
+) -> pd.DataFrame:  # the rows that can be learnt from; label is int, 0 or 1
+    "The images with a label and without a problem."
+    rows = table[table["problem"].isna() & table["label"].notna()]
+    if rows.empty: raise ValueError(f"no usable image: the problems are {kind(table['problem']).value_counts().to_dict()}")
+    return rows.astype({"label": int})
+
+
+def checks(
+    table: pd.DataFrame,  # from `join_labels`
+) -> dict:  # plain numbers, ready for JSON
+    "What is missing, double or set aside."
+    shown, rows = images(table), usable(table)
+    told = ["label", "position_mm", "row_mm", "thickness_mm", "kernel", "manufacturer"]
+    return {
+        "rows": len(table), "files": int(table["path"].nunique()), "images": len(shown), "usable": len(rows),
+        "patients": int(rows["patient"].nunique()), "negative": int((rows["label"] == 0).sum()), "positive": int(rows["label"].sum()),
+        "patient_from": rows["patient_from"].value_counts().to_dict(),
+        "missing": {column: int(shown[column].isna().sum()) for column in told},
+        "duplicate_ids": int(shown.duplicated(["patient", "slice_id"]).sum()),
+        "duplicate_instances": int(shown[shown["instance"].notna()].duplicated(["instance", "frame"]).sum()),
+        "problems": {what: int(n) for what, n in kind(table["problem"]).value_counts().items()},
+    }
 
 # %% ../nbs/00_cohort.ipynb #6efd897e
 Finding = tuple[str, str, str, str | None]  # severity, code, what, path

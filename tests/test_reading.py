@@ -9,6 +9,7 @@ from pydicom import Dataset, FileMetaDataset, dcmread
 from pydicom.encaps import encapsulate, generate_frames
 from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, ExplicitVRBigEndian, ExplicitVRLittleEndian
 
+from ctbm.cohort import scan
 from ctbm.preprocess import AIR_HU, Unreadable, read_hu, stored_values
 
 LOSSLESS = ["1.2", "1.2.1", "1.2.1.99", "1.2.2", "1.2.5", "1.2.4.57", "1.2.4.70", "1.2.4.80", "1.2.4.90"]
@@ -291,3 +292,17 @@ def test_headers_that_promise_hu_and_those_that_do_not(tmp_path, tags, words):
     path = save(ct(stored, **tags), tmp_path / "ct.dcm")
     if words: assert words in reason(path)
     else: assert np.array_equal(read_hu(path), stored - 1024)
+
+
+def test_scan_and_read_hu_agree_on_every_file(data):
+    "A slice that the cohort calls usable can be read, and one that it sets aside is refused with a reason."
+    folders = ("headct_ge_hispeed_tilt18p5", "odd_derived", "ts_matrix_ctimage_chest", "pydicom_ct", "enhanced_ct", "phantom_philips_brain5mm")
+    for folder in folders:
+        table = scan(data / folder, jobs=1)
+        for row in table[table.rows > 0].itertuples():
+            try:
+                read_hu(row.path, row.frame)
+                refused = None
+            except Unreadable as error:
+                refused = error.reason
+            assert (row.problem is None) == (refused is None), (row.path, row.problem, refused)
