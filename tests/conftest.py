@@ -3,6 +3,8 @@ from pathlib import Path
 
 import pytest
 
+from ctbm import phantom
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -13,3 +15,9 @@ def data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real images at {folder}: set CTBM_TEST_DATA to their folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def cohort_folder(tmp_path_factory) -> Path:
+    "A synthetic cohort of 60 patients with two slices each, half of the patients positive."
+    return phantom.make_cohort(tmp_path_factory.mktemp("cohort") / "flat", n_patients=60, slices_per_patient=2, positive=0.5)
