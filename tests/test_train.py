@@ -1,0 +1,241 @@
+"The whole job: through papermill, through the command line, stopped and resumed, with seeds, with shuffled labels."
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ctbm import cli, datasets, evaluate, models, recipes, runs, train
+from tests.conftest import ROOT
+
+SMALL = {"scale": "demo", "backbone": "resnet10t", "weights": "none", "size": 32, "epochs_head": 0, "epochs_ft": 2, "k_folds": 2,
+         "num_workers": 1}
+
+
+@pytest.fixture(scope="module")
+def workplace(cohort_folder, tmp_path_factory) -> dict:
+    "Where the runs of this file go."
+    place = tmp_path_factory.mktemp("runs")
+    return {"data_root": str(cohort_folder), "outputs": str(place / "outputs"), "packs": str(place / "packs")}
+
+
+@pytest.fixture(scope="module")
+def finished(workplace) -> Path:
+    "One small run."
+    return train.run(**workplace, **SMALL)
+
+
+def oof(run: Path) -> pd.DataFrame:
+    return pd.read_csv(run / "oof_predictions.csv")
+
+
+def papermill(tmp_path, *parameters) -> subprocess.CompletedProcess:
+    words = [sys.executable, "-m", "papermill", "nbs/05_train.ipynb", str(tmp_path / "out.ipynb"), "--no-progress-bar"]
+    return subprocess.run([*words, *map(str, parameters)], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_run_folder_holds_every_artefact(finished):
+    names = {"run_args.json", "effective_config.json", "features_df.parquet", "features_df_split.parquet", "features_checks_summary.json",
+             "preprocessing_examples_label0.png", "preprocessing_examples_label1.png", "cv_thresholds_by_fold.csv",
+             "cv_thresholds_summary.csv", "cv_metrics.json", "cv_mean_roc.png", "cv_mean_pr.png", "threshold_selection.json",
+             "test_predictions.csv", "final_model_state_dict.safetensors", "test_roc_curve.png", "test_pr_curve.png", "test_metrics.json",
+             "manifest.json", "oof_predictions.csv", "history.csv", "model.json", "split.csv", "findings.csv"}
+    there = {p.name for p in finished.iterdir()}
+    assert names <= there
+    assert not [p for p in finished.rglob("*") if p.suffix in (".pkl", ".pickle", ".pt", ".pth", ".partial") or p.name.startswith(".")]
+    summary = pd.read_csv(finished / "cv_thresholds_summary.csv")
+    columns = {"sens_mean", "sens_std", "acc_mean", "ap_mean", "auc_mean_trn", "auc_mean", "auc_std", "tp", "fn"}
+    assert len(summary) == 19 and columns <= set(summary)
+    assert summary.auc_mean_trn.notna().all()
+
+
+def test_figures_of_the_run_agree_with_its_tables(finished):
+    test, chosen = pd.read_csv(finished / "test_predictions.csv"), runs.read_json(finished / "threshold_selection.json")
+    metrics = runs.read_json(finished / "test_metrics.json")
+    assert metrics["threshold"] == chosen["threshold"]
+    assert (test.pred == (test.prob >= chosen["threshold"])).all()
+    assert metrics["tp"] == ((test.pred == 1) & (test.label == 1)).sum() and metrics["fn"] == ((test.pred == 0) & (test.label == 1)).sum()
+    figures = evaluate.score(test.label, test.prob, chosen["threshold"], test.patient)
+    assert metrics["figures"]["roc_auc"] == figures["roc_auc"]
+    assert not set(test.patient) & set(oof(finished).patient)
+    assert "test (" in runs.describe(finished) and "grey-histogram baseline" in runs.describe(finished)
+
+
+def test_stored_weights_give_the_stored_scores(finished):
+    from ctbm import pack
+    how, table = runs.read_json(finished / "model.json"), pd.read_parquet(finished / "features_df_split.parquet")
+    network = models.create_model(how["backbone"], how["in_chans"], "none", how["dropout_p"], how["size"])
+    network.load_state_dict(load_file(finished / "final_model_state_dict.safetensors"))
+    spec = pack.Preprocess.from_dict(how["preprocess"])
+    test = table[table.test].reset_index(drop=True)
+    images = np.stack([np.rint(spec(pack.read_hu(p)) * 255).astype(np.uint8) for p in test.path])
+    scores = dict(zip(test.slice_id, train.score(network.to(memory_format=torch.channels_last), images, np.arange(len(test))), strict=True))
+    stored = pd.read_csv(finished / "test_predictions.csv")
+    assert np.allclose(stored.prob, stored.id.map(scores), atol=1e-6)
+
+
+def test_same_seed_same_scores_and_another_seed_others(finished, workplace):
+    again = train.run(**workplace, **SMALL)
+    assert np.array_equal(oof(finished).score, oof(again).score)
+    assert np.array_equal(pd.read_csv(finished / "test_predictions.csv").prob, pd.read_csv(again / "test_predictions.csv").prob)
+    other = train.run(**workplace, **SMALL, seed=7)
+    assert not np.array_equal(oof(finished).sort_values("id").score.to_numpy(), oof(other).sort_values("id").score.to_numpy())
+
+
+def test_stopped_run_is_resumed_to_the_same_result(finished, workplace, monkeypatch):
+    fit, calls = train.fit, []
+
+    def stop_at_the_second_fold(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return fit(*args)
+
+    monkeypatch.setattr(train, "fit", stop_at_the_second_fold)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(**workplace, **SMALL)
+    (partial,) = Path(workplace["outputs"]).glob("*.partial")
+    monkeypatch.setattr(train, "fit", lambda *args: calls.append(args) or fit(*args))
+    resumed = train.run(resume=str(partial))
+    assert len(calls) == 4, "the finished fold was trained again"
+    assert not partial.exists() and np.array_equal(oof(resumed).score, oof(finished).score)
+    assert np.array_equal(pd.read_csv(resumed / "test_predictions.csv").prob, pd.read_csv(finished / "test_predictions.csv").prob)
+
+
+def test_only_an_unfinished_run_can_be_resumed(finished):
+    with pytest.raises(FileNotFoundError, match="cannot be resumed"):
+        train.run(resume=finished)
+
+
+def test_shuffled_labels_are_not_learnt(cohort_folder, workplace, tmp_path):
+    labels = pd.read_csv(cohort_folder / "labels1.csv", index_col=0)
+    truth = pd.read_csv(cohort_folder / "truth.csv").set_index("ID").patient
+    of = labels.groupby(labels.ID.map(truth)).Label.max()
+    shuffled = pd.Series(np.random.default_rng(0).permutation(of.to_numpy()), of.index)
+    (tmp_path / "CTs").symlink_to(cohort_folder / "CTs")
+    labels.assign(Label=labels.ID.map(truth).map(shuffled)).to_csv(tmp_path / "labels1.csv")
+    run = train.run(**workplace | {"data_root": str(tmp_path)}, **SMALL | {"epochs_ft": 4})
+    figure = runs.read_json(run / "cv_metrics.json")["oof"]["roc_auc"]
+    assert figure["low"] < 0.5 < figure["high"], figure
+
+
+def test_grid_picks_a_winner_and_the_user_s_values_hold(workplace, tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"epochs_ft": 1, "epochs_head": 0, "lr_ft": 0.0005}))
+    values = {k: v for k, v in SMALL.items() if not k.startswith("epochs")}
+    run = train.run(**workplace, **values, run_grid=True, config_json=str(config))
+    results = pd.read_csv(run / "grid_results.csv")
+    assert list(results) == ["name", "mean_metric", "std_metric", "seconds", "config"] and set(results.name) == set(recipes.GRID)
+    assert results.mean_metric.is_monotonic_decreasing
+    made = runs.read_json(run / "effective_config.json")
+    assert made["candidate"] == results.name[0]
+    assert {json.loads(c)["lr_ft"] for c in results.config} == {0.0005} and made["lr_ft"] == 0.0005
+    assert runs.read_json(run / "cv_metrics.json")["mean_metric"] == pytest.approx(results.mean_metric[0])
+
+
+def test_published_selection_and_preprocessing_by_options_alone(workplace):
+    run = train.run(**workplace, **SMALL, published=True)
+    made = runs.read_json(run / "effective_config.json")
+    got = {k: made[k] for k in ("crop", "floor", "resize", "blur_p", "selection")}
+    assert got == {"crop": "published", "floor": "published", "resize": "bilinear", "blur_p": 1.0, "selection": "published"}
+
+
+def test_papermill_trains_the_backbone_it_was_given(workplace, tmp_path):
+    values = SMALL | workplace | {"backbone": "resnet34", "epochs_ft": 1}
+    done = papermill(tmp_path, *[word for name, value in values.items() for word in ("-p", name, value)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = runs.latest(workplace["outputs"])
+    assert runs.read_json(run / "manifest.json")["backbone"] == "resnet34"
+    shapes = {k: v.shape for k, v in load_file(run / "final_model_state_dict.safetensors").items()}
+    assert "layer3.5.conv2.weight" in shapes, "a resnet34 has six blocks in its third layer"
+
+
+def test_papermill_stops_at_a_misspelt_parameter(tmp_path):
+    done = papermill(tmp_path, "-p", "backbne", "resnet34")
+    assert done.returncode != 0 and "did you mean 'backbone'" in done.stderr
+
+
+def test_papermill_lists_the_parameters():
+    words = [sys.executable, "-m", "papermill", "--help-notebook", "nbs/05_train.ipynb"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in ("backbone", "data_root", "recipe", "run_grid", "seed"))
+
+
+def test_command_line_gives_the_same_run(finished, workplace, capfd):
+    options = {k: v for k, v in (SMALL | workplace).items() if k != "size"} | {"out_size": 32}
+    words = [word for k, v in options.items() for word in (f"--{k.replace('_', '-')}", str(v))]
+    assert cli.main(["train", *words]) == 0
+    run = runs.latest(workplace["outputs"])
+    assert f"run       {run}" in capfd.readouterr().out
+    assert np.array_equal(oof(run).score, oof(finished).score)
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--backbne", "resnet34"], "did you mean 'backbone'"),
+    (["--backbone", "resnet_34"], "near matches: ['resnet34'"),
+    (["--k-folds", "many"], "k_folds must be int"),
+    (["--data-root", "no/such/folder"], "no/such/folder"),
+    (["--config-json", "no.json"], "no.json does not exist"),
+    (["--scale", "huge"], "unknown scale 'huge'"),
+    (["--recipe", "slice"], "did you mean 'slice_cv'"),
+    (["--weights", "my.pth", "--data-root", "HERE"], "weights file 'my.pth' does not exist"),
+])
+def test_what_a_user_can_mend_is_said_in_one_line(words, said, cohort_folder, tmp_path, capfd):
+    words = [str(cohort_folder) if word == "HERE" else word for word in words]
+    assert cli.main(["train", "--outputs", str(tmp_path / "o"), "--packs", str(tmp_path / "p"), "--out-size", "32", *words]) == 2
+    assert said in capfd.readouterr().err
+
+
+def test_empty_data_folder_says_where_it_looked(tmp_path):
+    (tmp_path / "CTs").mkdir()
+    with pytest.raises(FileNotFoundError, match=str(tmp_path / "CTs")):
+        train.run(data_root=str(tmp_path))
+
+
+def test_planted_overlap_is_refused(finished):
+    table = pd.read_parquet(finished / "features_df_split.parquet")
+    datasets.check_split(table)
+    who = table.patient[table.fold == datasets.TEST].iloc[0]
+    for fold in (0, 1):
+        row = table[table.patient == who].index[0]
+        with pytest.raises(ValueError, match=who):
+            datasets.check_split(table.assign(fold=table.fold.where(table.index != row, fold)))
+
+
+def test_one_study_under_two_names_is_refused(finished):
+    table = pd.read_parquet(finished / "features_df_split.parquet")
+    test, fold = table[table.fold == datasets.TEST].index[0], table[table.fold == 0].index[0]
+    planted = table.assign(study=table.study.where(table.index != fold, table.study[test]))
+    with pytest.raises(ValueError, match="study"):
+        datasets.check_split(planted)
+
+
+def test_imagenet_weights_come_from_the_hub_s_cache(tmp_path, monkeypatch):
+    import timm
+    from safetensors.torch import save_file
+    torch.manual_seed(3)
+    donor = timm.create_model("resnet18", num_classes=1000)
+    snapshot = tmp_path / "models--timm--resnet18.a1_in1k" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    save_file(donor.state_dict(), snapshot / "model.safetensors")
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    model = models.create_model("resnet18", weights="auto")
+    assert model.provenance["used"] == "imagenet" and len(model.provenance["sha256"]) == 64
+    assert torch.equal(model.layer4[1].conv2.weight, donor.layer4[1].conv2.weight)
+
+
+def test_weights_that_cannot_be_had_are_an_error_or_said_loudly(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(models, "hub_answers", lambda: False)
+    with pytest.raises(FileNotFoundError, match="does not answer"):
+        models.create_model("resnet18", weights="imagenet")
+    with pytest.warns(UserWarning, match="RANDOM START"):
+        assert models.create_model("resnet18", weights="auto").provenance["used"] == "random"
