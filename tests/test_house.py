@@ -1,0 +1,114 @@
+"The house is in order: notebooks, package and README say the same, and the traps of nbdev are not sprung."
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+HEADLESS = ["01_eda.ipynb", "05_train.ipynb"]  # notebooks that papermill runs
+PRIVATE = re.compile(r"/home/|/root/|/Users/|/tmp/|/private/|\.venv/")
+
+
+def cells(path: Path, kind: str = "code") -> list[tuple[str, dict]]:
+    return [("".join(cell["source"]), cell) for cell in json.loads(path.read_text(encoding="utf8"))["cells"] if cell["cell_type"] == kind]
+
+
+def nbdev(command: str, folder: Path):
+    done = subprocess.run([str(Path(sys.executable).parent / command)], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> Path:
+    "The notebooks in a folder of their own, without anything generated."
+    folder = tmp_path_factory.mktemp("house") / "ctbm"
+    (folder / "ctbm").mkdir(parents=True)
+    shutil.copytree(ROOT / "nbs", folder / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    shutil.copy(ROOT / "settings.ini", folder)
+    shutil.copy(ROOT / "ctbm" / "__init__.py", folder / "ctbm")
+    return folder
+
+
+def test_package_is_what_the_notebooks_export(copy):
+    nbdev("nbdev_export", copy)
+    fresh, kept = ({p.name: p.read_text(encoding="utf8") for p in (root / "ctbm").glob("*.py")} for root in (copy, ROOT))
+    assert set(fresh) == set(kept), f"module without notebook, or the reverse: {set(fresh) ^ set(kept)}; run `make export`"
+    assert not (stale := [name for name in kept if fresh[name] != kept[name]]), f"not what the notebooks export: {stale}; run `make export`"
+
+
+def test_notebooks_are_clean(copy):
+    nbdev("nbdev_clean", copy)
+    dirty = [p.name for p in NOTEBOOKS if json.loads((copy / "nbs" / p.name).read_text()) != json.loads(p.read_text())]
+    assert not dirty, f"run `nbdev_clean`: {dirty}"
+
+
+def test_readme_is_the_index_notebook():
+    spec = spec_from_file_location("readme", ROOT / ".ci" / "readme.py")
+    spec.loader.exec_module(module := module_from_spec(spec))
+    assert (ROOT / "README.md").read_text(encoding="utf8") == module.readme(), "run `make export`"
+
+
+def test_no_two_notebooks_export_one_module():
+    sources = [source for path in NOTEBOOKS for source, _ in cells(path)]
+    exports = [module for source in sources for module in re.findall(r"^#\| *default_exp +(\S+)", source, re.MULTILINE)]
+    assert len(exports) == len(set(exports)) and len(exports) >= 14
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
+def test_notebook_keeps_the_habits(path):
+    raw = path.read_text(encoding="utf8")
+    assert not re.search(r"^\s*\"?(<{7} |>{7} |={7}$)", raw, re.MULTILINE), "an unresolved merge conflict"
+    assert len(raw) < 1_000_000, f"{len(raw):,} bytes: saved outputs are too large"
+    first = cells(path, "markdown")[0][0]
+    assert re.match(r"# .+\n\n> .+", first), "opens with a title and a subtitle"
+    for source, cell in cells(path):
+        outputs = cell["outputs"]
+        assert not [o for o in outputs if o["output_type"] == "error"], f"an error in a saved output: {source[:80]}"
+        assert not [o for o in outputs if o.get("name") == "stderr"], f"warnings or progress bars in a saved output: {source[:80]}"
+        shown = [(kind, value) for o in outputs for kind, value in o.get("data", {"text": o.get("text")}).items()]
+        said = [value for kind, value in shown if not kind.startswith("image/")]
+        assert not PRIVATE.search(str(said)), f"a path of somebody's machine in a saved output: {source[:80]}"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
+def test_imports_stand_alone(path):
+    for source, _ in cells(path):
+        code = re.sub(r"^\s*[%!].*$", "", source, flags=re.MULTILINE)
+        top = ast.parse(code).body
+        importing = [isinstance(node, (ast.Import, ast.ImportFrom)) for node in top]
+        guard = [isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" for node in top]
+        alone = not any(importing) or all(i or g for i, g in zip(importing, guard, strict=True))
+        assert alone, f"imports mixed with other code: {source[:80]}"
+        assert not re.search(r"^from \S+ import \*", source, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", HEADLESS)
+def test_headless_notebooks_have_parameters_and_run_every_cell(name):
+    every = cells(ROOT / "nbs" / name)
+    tagged = [source for source, cell in every if "parameters" in cell["metadata"].get("tags", [])]
+    assert len(tagged) == 1, "one cell tagged parameters"
+    assert not [source for source, _ in every if re.search(r"eval: *false|nbdev_export\(\)", source)], "papermill would run it"
+
+
+def test_floors():
+    "Files and pixels know nothing of torch; importing the package costs nothing; no module names a higher floor."
+    light = "import ctbm.cohort, ctbm.preprocess, ctbm.phantom, ctbm.pack, ctbm.viewer, ctbm.cli"
+    code = f"import sys, ctbm; assert 'numpy' not in sys.modules; {light}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    floors = [{"cohort", "preprocess", "phantom", "viewer"}, {"pack"}, {"datasets", "models", "losses", "thresholds", "evaluate"},
+              {"recipes", "runs"}, {"train", "eda"}, {"cli"}]
+    height = {name: i for i, floor in enumerate(floors) for name in floor}
+    for path in (ROOT / "ctbm").glob("[a-z]*.py"):
+        named = set(re.findall(r"^\s*from ctbm\.(\w+) import", path.read_text(), re.MULTILINE))
+        listed = re.findall(r"^\s*from ctbm import (.+)$", path.read_text(), re.MULTILINE)
+        named |= {name.split(" as ")[0].strip() for names in listed for name in names.split(",")}
+        too_high = {name for name in named if height[name] > height[path.stem]}
+        assert not too_high, f"{path.stem} names {too_high}"
