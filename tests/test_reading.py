@@ -296,7 +296,8 @@ def test_headers_that_promise_hu_and_those_that_do_not(tmp_path, tags, words):
 
 def test_scan_and_read_hu_agree_on_every_file(data):
     "A slice that the cohort calls usable can be read, and one that it sets aside is refused with a reason."
-    folders = ("headct_ge_hispeed_tilt18p5", "odd_derived", "ts_matrix_ctimage_chest", "pydicom_ct", "enhanced_ct", "phantom_philips_brain5mm")
+    folders = ("headct_ge_hispeed_tilt18p5", "odd_derived", "ts_matrix_ctimage_chest", "pydicom_ct", "enhanced_ct",
+               "phantom_philips_brain5mm")
     for folder in folders:
         table = scan(data / folder, jobs=1)
         for row in table[table.rows > 0].itertuples():
