@@ -174,11 +174,11 @@ def check(
             raise ValueError(f"{name} must be between {low} and {high}, not {values[name]!r}")
     return recipe
 
-# %% ../nbs/04b_recipes.ipynb #434a2173
+# %% ../nbs/04b_recipes.ipynb #91086250
 PUBLISHED = {"blur_p": 1.0, "selection": "published"}  # and Preprocess.published()
 DEMO = {
     "slice_cv": {"size": 96, "k_folds": 3, "batch_size": 32, "holdout_frac": 0.15, "dropout_p": 0.2, "rotate_deg": 10.0, "erase_p": 0.0,
-                 "epochs_head": 1, "lr_head": 1e-3, "epochs_ft": 18, "lr_ft": 1e-3, "patience_ft": 18, "trainable_ft": None},
+                 "epochs_head": 1, "lr_head": 1e-3, "epochs_ft": 14, "lr_ft": 1e-3, "patience_ft": 14, "trainable_ft": None},
 }
 SCALES = ("demo", "full")
 

@@ -9,7 +9,8 @@ __all__ = ['RUN', 'PARAMETERS', 'DEMO_COHORT', 'prepare', 'SliceModule', 'KeepBe
            'save_figure', 'write_folds', 'write_model', 'write_test', 'Steps', 'say_epoch', 'run', 'unfinished',
            'learn', 'settle_weights']
 
-# %% ../nbs/05_train.ipynb #479225c6
+# %% ../nbs/05_train.ipynb #6e273c67
+import hashlib
 import inspect
 import json
 import logging
@@ -40,7 +41,7 @@ from .models import create_model
 from .preprocess import examples_grid, read_hu
 from .recipes import Recipe, Stage
 
-# %% ../nbs/05_train.ipynb #b3efaa33
+# %% ../nbs/05_train.ipynb #ee61c166
 def prepare(
     images: Tensor,  # uint8[b, c, h, w]
     network: Module,
@@ -77,6 +78,9 @@ class SliceModule(LightningModule):
 
     def on_validation_epoch_end(self):
         logits, labels = (torch.cat(part).cpu().numpy() for part in zip(*self.seen, strict=True))
+        if not np.isfinite(logits).all():
+            raise FloatingPointError(f"training diverged in stage {self.stage.name!r}, epoch {self.current_epoch + 1}: scores are NaN. "
+                                     f"Lower lr_{self.stage.name} (now {self.stage.lr:g}), or train with precision '32'")
         self.log("val_auprc", float(average_precision_score(labels, logits)))
 
     def configure_optimizers(self):
@@ -383,14 +387,23 @@ def sizes(
     size = lambda part: {"slices": len(part), "patients": part.patient.nunique(), "positive": int(part.label.sum())}
     return {name: size(part) for name, part in sides.items()}
 
-# %% ../nbs/05_train.ipynb #e8d28077
-def write_split(run: Path, table: DataFrame, split: DataFrame) -> None:
-    "The tables that say what was used: every row, usable rows with their side, findings, checks."
+# %% ../nbs/05_train.ipynb #538ad029
+def write_split(
+    run: Path,
+    table: DataFrame,  # every row, usable or not
+    split: DataFrame,  # usable rows with `fold`
+    key: str,  # of the pack
+) -> None:
+    "The tables that say what was used; refused where a resumed run finds other data than it was started with."
+    sides = split[["slice_id", "patient", "label", "fold"]]
+    summary, mark = run / "features_checks_summary.json", hashlib.blake2b((key + sides.to_csv()).encode(), digest_size=8).hexdigest()
+    if summary.is_file() and runs.read_json(summary)["data"] != mark:
+        raise ValueError(f"{run} cannot be resumed: files, labels or preprocessing are not what they were when it was started")
     runs.write_table(run / "features_df.parquet", table)
     runs.write_table(run / "features_df_split.parquet", split.assign(test=split.fold == TEST))
-    runs.write_table(run / "split.csv", split[["slice_id", "patient", "label", "fold"]])
+    runs.write_table(run / "split.csv", sides)
     runs.write_table(run / "findings.csv", cohort.findings(table))
-    runs.write_json(run / "features_checks_summary.json", cohort.checks(table) | {"split": sizes(split)})
+    runs.write_json(summary, cohort.checks(table) | {"split": sizes(split), "data": mark})
 
 
 def write_examples(run: Path, split: DataFrame, recipe: Recipe, n: int) -> None:
@@ -469,7 +482,7 @@ def say_epoch(line: dict) -> None:
     figures = f"loss {line['train_loss']:.4f}  val AUPRC {line['val_auprc']:.4f}{'*' if line['best'] else ' '}"
     print(f"  {where:30} {figures}  {line['seconds']:.1f} s", flush=True)
 
-# %% ../nbs/05_train.ipynb #73ef00d6
+# %% ../nbs/05_train.ipynb #df5e2b09
 def run(
     resume: str | Path | None = None,  # an unfinished run; everything else is then read from it
     **asked: Any,  # fields of `Job`, and values of the recipe by flat name
@@ -489,7 +502,7 @@ def run(
     run = Path(resume) if resume else runs.start(root / job.outputs)
     print(f"run folder {run}", flush=True)
     runs.write_json(run / "run_args.json", asked)
-    write_split(run, pd.concat([table[table.problem.notna() | table.label.isna()], packed.table], ignore_index=True), split)
+    write_split(run, pd.concat([table[table.problem.notna() | table.label.isna()], packed.table], ignore_index=True), split, packed.key)
     steps("pictures of the preprocessing, baseline")
     write_examples(run, split, recipe, job.prep_plot_n)
     grey = baseline(split, packed.images, recipe.seed)

@@ -90,7 +90,7 @@ def check_control(
     if not (low <= start <= high and step > 0):
         raise ValueError(f"{name} is {control!r}: start must lie between low and high, and step above 0")
 
-# %% ../nbs/00b_viewer.ipynb #6fc226f4
+# %% ../nbs/00b_viewer.ipynb #ddb43ccc
 def png(
     figure: "Figure",
 ) -> bytes:
@@ -103,7 +103,8 @@ def png(
     if plain: figure.set_layout_engine("constrained")  # labels are not cut off, and every picture has the same size
     file = BytesIO()
     quick = {"compress_level": 1}  # noise hardly compresses, so trying harder takes three times as long for nothing
-    figure.savefig(file, format="png", metadata={"Software": None}, pil_kwargs=quick)  # no version inside: one picture, one file
+    nothing = {"Software": None}  # no version inside: one picture, one file
+    figure.savefig(file, format="png", dpi="figure", metadata=nothing, pil_kwargs=quick)
     plt.close(figure)
     return file.getvalue()
 

@@ -107,6 +107,24 @@ def test_stopped_run_is_resumed_to_the_same_result(finished, workplace, monkeypa
     assert np.array_equal(pd.read_csv(resumed / "test_predictions.csv").prob, pd.read_csv(finished / "test_predictions.csv").prob)
 
 
+def test_run_is_not_resumed_on_other_data(workplace, cohort_folder, tmp_path, monkeypatch):
+    (tmp_path / "CTs").symlink_to(cohort_folder / "CTs")
+    labels = pd.read_csv(cohort_folder / "labels1.csv", index_col=0)
+    labels.to_csv(tmp_path / "labels1.csv")
+    monkeypatch.setattr(train, "fit", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.run(**workplace | {"data_root": str(tmp_path), "outputs": str(tmp_path / "outputs")}, **SMALL)
+    (partial,) = (tmp_path / "outputs").glob("*.partial")
+    labels.assign(Label=1 - labels.Label).to_csv(tmp_path / "labels1.csv")
+    with pytest.raises(ValueError, match="not what they were"):
+        train.run(resume=partial)
+
+
+def test_training_that_diverges_says_so(workplace):
+    with pytest.raises(FloatingPointError, match="Lower lr_ft"):
+        train.run(**workplace, **SMALL | {"clip_norm": 1e9, "optimizer": "sgd", "precision": "32"}, lr_ft=1e12)
+
+
 def test_only_an_unfinished_run_can_be_resumed(finished):
     with pytest.raises(FileNotFoundError, match="cannot be resumed"):
         train.run(resume=finished)
