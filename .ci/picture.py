@@ -36,11 +36,11 @@ def picture(run: Path) -> plt.Figure:
         ax.imshow(image, cmap="gray", vmin=0, vmax=1)
         ax.set_title(f"{level - width / 2:g} to {level + width / 2:g} HU", fontsize=8, pad=2)
         ax.axis("off")
-    draw_folds(panel(figure, grid[:, 2], "patients, each on one side"), split)
+    draw_folds(panel(figure, grid[:, 2], "patients, each on one side (orange: positive)"), split)
     ax = panel(figure, grid[:, 3], "a threshold from out-of-fold scores")
     chosen = runs.read_json(run / "threshold_selection.json")["threshold"]
     thresholds.plot_tradeoff(pd.read_csv(run / "cv_thresholds_summary.csv"), chosen, ax)
-    ax.legend(loc="lower left", fontsize=8, frameon=False)
+    ax.legend(loc="lower center", ncols=2, fontsize=8, frameon=False)
     return figure
 
 

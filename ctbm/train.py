@@ -482,7 +482,7 @@ def say_epoch(line: dict) -> None:
     figures = f"loss {line['train_loss']:.4f}  val AUPRC {line['val_auprc']:.4f}{'*' if line['best'] else ' '}"
     print(f"  {where:30} {figures}  {line['seconds']:.1f} s", flush=True)
 
-# %% ../nbs/05_train.ipynb #df5e2b09
+# %% ../nbs/05_train.ipynb #3a975324
 def run(
     resume: str | Path | None = None,  # an unfinished run; everything else is then read from it
     **asked: Any,  # fields of `Job`, and values of the recipe by flat name
@@ -503,10 +503,9 @@ def run(
     print(f"run folder {run}", flush=True)
     runs.write_json(run / "run_args.json", asked)
     write_split(run, pd.concat([table[table.problem.notna() | table.label.isna()], packed.table], ignore_index=True), split, packed.key)
-    steps("pictures of the preprocessing, baseline")
+    steps("pictures of the preprocessing")
     write_examples(run, split, recipe, job.prep_plot_n)
-    grey = baseline(split, packed.images, recipe.seed)
-    facts = {"data_root": str(data_root), "pack": packed.key} | learn(run, job, recipe, candidates, split, packed.images, grey, steps)
+    facts = {"data_root": str(data_root), "pack": packed.key} | learn(run, job, recipe, candidates, split, packed.images, steps)
     runs.write_json(run / "manifest.json", runs.manifest(facts | {"seconds": steps.seconds}))
     return runs.finish(run)
 
@@ -520,7 +519,7 @@ def unfinished(
         raise FileNotFoundError(f"{run} cannot be resumed: an unfinished run is a folder run_<time>{runs.PARTIAL} that holds run_args.json")
     return run
 
-# %% ../nbs/05_train.ipynb #4a169bc9
+# %% ../nbs/05_train.ipynb #d2ea46a8
 def learn(
     run: Path,
     job: Job,
@@ -528,7 +527,6 @@ def learn(
     candidates: dict[str, Recipe],  # of the grid, empty without one
     split: DataFrame,  # usable slices with `row` and `fold`
     images: np.ndarray,  # the pack
-    grey: dict,  # the baseline's figures
     steps: Steps,
 ) -> dict[str, Any]:  # facts for the manifest
     "Cross-validate, choose the threshold, train the final model, score the test set once."
@@ -549,8 +547,9 @@ def learn(
     network, history = fit(recipe, images, train, valid, recipe.k_folds, lambda line: say_epoch({"fold": "final"} | line))
     lines = [{"fold": k} | line for k, fact in facts.items() for line in fact["history"]] + [{"fold": "final"} | line for line in history]
     write_model(run, network, recipe, DataFrame(lines))
-    steps("test set, once")
-    write_test(run, test.assign(score=score(network, images, test.row.to_numpy())), threshold, grey)
+    steps("test set, once, and the baseline beside it")
+    scored = test.assign(score=score(network, images, test.row.to_numpy()))
+    write_test(run, scored, threshold, baseline(split, images, recipe.seed))
     steps(None)
     return chosen | {"backbone": recipe.backbone, "seed": recipe.seed, "weights": weights,
                      "device": device().type, "precision": precision(recipe.precision)}
