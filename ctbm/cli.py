@@ -74,21 +74,23 @@ def phantom(argv: list[str]) -> None:
     add_options(parser, defaults, remarks(make_cohort))
     print(make_cohort(**vars(parser.parse_args(argv))))
 
-# %% ../nbs/19_cli.ipynb #d89fd509
+# %% ../nbs/19_cli.ipynb #c7ae03e4
 def train(argv: list[str]) -> None:
     "train a recipe: cross-validation, threshold, final model, test; prints the run folder and its figures"
     from ctbm import recipes, runs
     from ctbm import train as training
+    from ctbm.preprocess import known
     parser = ArgumentParser("ctbm train", description=train.__doc__, allow_abbrev=False,
                             epilog="Without --data-root a synthetic cohort is made under data/ and the scale is demo.")
     jobs = {k: p.default for k, p in inspect.signature(training.Job).parameters.items()} | {"resume": None}
     add_options(parser.add_argument_group("the job"), jobs, remarks(training.Job) | remarks(training.run))
     values = recipes.flat(recipes.RECIPES["slice_cv"]) | dict.fromkeys([*recipes.ALIASES, "use_cosine_schedule"])
     notes = {k: v for part in (recipes.Recipe, recipes.Preprocess, recipes.Augmentation) for k, v in remarks(part).items()}
+    notes |= {f"{k}_{stage}": f"stage {stage}: {v}" for k, v in remarks(recipes.Stage).items() for stage in ("head", "ft")}
     add_options(parser.add_argument_group("the recipe"), values, notes)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise recipes.nearest(unknown[0].lstrip("-").split("=")[0].replace("-", "_"), training.PARAMETERS, "option")
+        known("option", unknown[0].lstrip("-").split("=")[0].replace("-", "_"), training.PARAMETERS)
     print(runs.describe(training.run(**vars(args))))
 
 
@@ -101,7 +103,7 @@ def show(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     print(runs.describe(args.run or runs.latest(args.outputs or runs.project_root() / "outputs")))
 
-# %% ../nbs/19_cli.ipynb #05f86e74
+# %% ../nbs/19_cli.ipynb #07ef9081
 COMMANDS = {command.__name__: command for command in (scan, phantom, train, show)}
 
 
@@ -116,7 +118,11 @@ def main(argv: list[str] | None = None) -> int:
     command = parser.parse_args(argv[:1]).command
     try:
         COMMANDS[command](argv[1:])
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         print(f"ctbm {command}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+if __name__ == "__main__" and "__file__" in globals():  # python -m ctbm.cli, but not the notebook
+    sys.exit(main())

@@ -6,32 +6,33 @@
 __all__ = ['TEST', 'hold_out', 'check_split', 'split', 'SliceDataset', 'balanced_sampler', 'train_loader', 'score_loader',
            'Augmentation', 'affine', 'blur', 'erase', 'between', 'Augment']
 
-# %% ../nbs/03_datasets.ipynb #0920f619
+# %% ../nbs/03_datasets.ipynb #7bcf5a55
 import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from pandas import DataFrame, Series
-from sklearn.model_selection import StratifiedGroupKFold, train_test_split
+from sklearn.model_selection import StratifiedGroupKFold
 from torch import Tensor
 from torch.nn import Module
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
-# %% ../nbs/03_datasets.ipynb #93caa759
+# %% ../nbs/03_datasets.ipynb #abfe23fb
 def hold_out(
     table: DataFrame,  # one row per slice, with `patient` and `label`
     fraction: float,  # share of the patients to hold out, between 0 and 1
     seed: int,
 ) -> Series:  # bool, aligned with `table`: True for a slice that is held out
-    "Hold out a fraction of the patients, stratified by whether the patient has a positive slice."
+    "Hold out a fraction of the patients with a positive slice, and the same fraction of those without."
     patients = table.groupby("patient").label.max().sort_index()
-    if patients.value_counts().reindex([0, 1], fill_value=0).min() < 2:
-        raise ValueError(f"cannot hold out patients of both classes: {patients.sum():.0f} of {len(patients)} patients are positive; "
-                         "at least two of each are needed")
-    _, held = train_test_split(patients.index.to_numpy(dtype=object), test_size=fraction, stratify=patients.to_numpy(), random_state=seed)
-    return table.patient.isin(held)
+    share = lambda part: part.sample(min(len(part) - 1, max(1, round(fraction * len(part)))), random_state=seed)
+    held = table.patient.isin([who for _, part in patients.groupby(patients) for who in share(part).index])
+    if table.label[held].nunique() < 2 or table.label[~held].nunique() < 2:
+        raise ValueError(f"cannot have both classes on both sides: {patients.sum():.0f} of {len(patients)} patients have a positive slice, "
+                         f"{(table.label == 0).sum()} of {len(table)} slices are negative; each class needs at least two patients")
+    return held
 
 # %% ../nbs/03_datasets.ipynb #63f60799
 TEST = -1  # the `fold` of the locked test set
@@ -74,13 +75,13 @@ def split(
         raise ValueError(f"fold(s) {single} hold only one class; use fewer folds or another seed")
     return table
 
-# %% ../nbs/03_datasets.ipynb #385c0268
+# %% ../nbs/03_datasets.ipynb #9cd04a82
 class SliceDataset(Dataset):
     "Slices of a pack with their labels, fetched a batch at a time."
 
     def __init__(
         self,
-        images: np.ndarray | Tensor,  # uint8[n, c, h, w], the whole pack
+        images: np.ndarray,  # uint8[n, c, h, w], the whole pack
         rows: np.ndarray,  # which of the n belong to this dataset
         labels: np.ndarray,  # 0 or 1, one for each of `rows`
     ):
@@ -91,7 +92,7 @@ class SliceDataset(Dataset):
 
     def __getitems__(self, items: list[int]) -> tuple[Tensor, Tensor]:
         images = self.images[self.rows[items]]
-        return torch.as_tensor(images), self.labels[items]
+        return torch.from_numpy(images), self.labels[items]
 
 # %% ../nbs/03_datasets.ipynb #ec47d827
 def balanced_sampler(
@@ -181,7 +182,7 @@ def erase(
     inside = (rows >= top) & (rows < top + height) & (cols >= left) & (cols < left + width)
     return torch.where(inside.unsqueeze(1), value.to(x).view(1, -1, 1, 1), x)
 
-# %% ../nbs/03_datasets.ipynb #abdd6be5
+# %% ../nbs/03_datasets.ipynb #60ffc731
 def between(
     low: float,
     high: float,
@@ -209,10 +210,10 @@ class Augment(Module):
         shift = between(-s.translate, s.translate, 2 * n, generator).view(n, 2)
         scale = between(*s.zoom, n, generator)
         flip = torch.rand(n, generator=generator) < s.flip_p
-        x = affine(x, angle.to(device), shift.to(device), scale.to(device), flip.to(device))
-        blurred = torch.rand(n, generator=generator) < s.blur_p
-        x = blur(x, (between(*s.blur_sigma, n, generator) * blurred).to(device))
-        return erase(x, self.boxes(x.shape, generator), self.fill)
+        sigma = between(*s.blur_sigma, n, generator) * (torch.rand(n, generator=generator) < s.blur_p)
+        with torch.autocast(device.type, enabled=False):
+            x = affine(x, angle.to(device), shift.to(device), scale.to(device), flip.to(device))
+            return erase(blur(x, sigma.to(device)), self.boxes(x.shape, generator), self.fill)
 
     def boxes(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         s, n, (h, w) = self.spec, shape[0], shape[2:]

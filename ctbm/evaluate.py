@@ -5,10 +5,8 @@
 # %% auto #0
 __all__ = ['ranking', 'at_threshold', 'score', 'checked']
 
-# %% ../nbs/07_evaluate.ipynb #5cbd0362
+# %% ../nbs/07_evaluate.ipynb #28e74499
 import numpy as np
-
-from .thresholds import ratios
 
 # %% ../nbs/07_evaluate.ipynb #d96f3e56
 def ranking(

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['LOSSES', 'smooth', 'bce', 'loss_named']
 
-# %% ../nbs/04a_losses.ipynb #eb2e4229
+# %% ../nbs/04a_losses.ipynb #1379ccb7
 from collections.abc import Callable
-from difflib import get_close_matches
 
 from torch import Tensor
 from torch.nn import functional as F
+
+from .preprocess import known
 
 # %% ../nbs/04a_losses.ipynb #dabd1057
 def smooth(
@@ -31,12 +32,9 @@ def bce(
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"bce": bce}
 
-# %% ../nbs/04a_losses.ipynb #959966fd
+# %% ../nbs/04a_losses.ipynb #17bcb268
 def loss_named(
     name: str,  # a key of `LOSSES`
 ) -> Callable[[Tensor, Tensor], Tensor]:
     "The loss of that name."
-    if name not in LOSSES:
-        near = get_close_matches(name, LOSSES, n=1, cutoff=0) or ["none"]
-        raise ValueError(f"unknown loss {name!r}: did you mean {near[0]!r}? The losses are {sorted(LOSSES)}")
-    return LOSSES[name]
+    return LOSSES[known("loss", name, LOSSES)]

@@ -383,11 +383,12 @@ def steps(
     planes = {f"w{i}": plane for i, plane in enumerate(spec(hu, spacing_mm), 1)}
     return {"raw": raw, "mask": crop_mask(raw, spec.crop), "crop": crop, **planes}
 
-# %% ../nbs/02_preprocess.ipynb #6aa5d4cc
+# %% ../nbs/02_preprocess.ipynb #dfb18e17
 def examples_grid(
     hu_images, # HU images, a row each
     titles, # what to write beside each
     spec:Preprocess, # what to do to them
+    spacings_mm=None, # row and column spacing of each, when pixels may not be square
 ): # a matplotlib Figure, white on black
     "Every stage of a few images: raw, mask, crop, and a column for each window"
     from matplotlib.figure import Figure # heavy, and only pictures need it
@@ -399,8 +400,8 @@ def examples_grid(
     heads += [f"w{i}\n{level - width / 2:g} to {level + width / 2:g} HU" for i, (level, width) in enumerate(spec.windows, 1)]
     fig = Figure(figsize=(2 * len(heads), 2.05 * len(hu_images) + 0.5), facecolor="black", layout="constrained")
     axes = fig.subplots(len(hu_images), len(heads), squeeze=False)
-    for row, hu, title in zip(axes, hu_images, titles, strict=True):
-        for ax, (name, image) in zip(row, steps(hu, spec).items(), strict=True):
+    for row, hu, title, spacing_mm in zip(axes, hu_images, titles, spacings_mm or [None] * len(titles), strict=True):
+        for ax, (name, image) in zip(row, steps(hu, spec, spacing_mm).items(), strict=True):
             low, high = limits.get(name, (0, 1))
             ax.imshow(image, cmap="gray", vmin=low, vmax=high)
             ax.set(xticks=[], yticks=[], facecolor="black", box_aspect=1, adjustable="datalim")

@@ -4,29 +4,29 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'CHOICES', 'ALIASES', 'FIXED', 'PUBLISHED', 'DEMO', 'SCALES', 'GRID_BASE', 'GRID', 'Stage', 'Recipe',
-           'flat', 'nearest', 'conform', 'override', 'translate', 'locate', 'check', 'resolve', 'notebook_parameters']
+           'flat', 'conform', 'override', 'translate', 'locate', 'check', 'resolve', 'notebook_parameters']
 
-# %% ../nbs/04b_recipes.ipynb #d552c6fc
+# %% ../nbs/04b_recipes.ipynb #14d700c6
 from dataclasses import asdict, dataclass, field, fields, replace
-from difflib import get_close_matches
+from math import inf
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from .datasets import Augmentation
-from .preprocess import Preprocess
+from .preprocess import Preprocess, known
 
-# %% ../nbs/04b_recipes.ipynb #782cb937
+# %% ../nbs/04b_recipes.ipynb #d31d1d54
 @dataclass(frozen=True)
 class Stage:
     "A stretch of training."
-    name: str
-    epochs: int
-    lr: float
+    name: str  # stands behind the options that belong to the stage, as in lr_head
+    epochs: int  # at most; 0 leaves the stage out
+    lr: float  # learning rate at the start
     weight_decay: float
     patience: int  # epochs without improvement that are put up with; one more ends the stage
     trainable: int | tuple[str, ...] | None  # last n feature stages (0: classifier only), module names, or None for all
 
-# %% ../nbs/04b_recipes.ipynb #efa66443
+# %% ../nbs/04b_recipes.ipynb #c53ff845
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides a result."
@@ -37,22 +37,22 @@ class Recipe:
     augment: Augmentation = field(default_factory=Augmentation)
     backbone: str = "resnet18"  # any timm name
     weights: str = "auto"  # "auto", "imagenet", "none" or a path
-    dropout_p: float = 0.0
-    loss: str = "bce"
-    label_smoothing: float = 0.0
+    dropout_p: float = 0.0  # before the classifier
+    loss: str = "bce"  # a name in losses.LOSSES
+    label_smoothing: float = 0.0  # moves training labels towards one half
     balanced: bool = True  # draw both classes equally often
     optimizer: str = "adamw"  # or "sgd"
     schedule: str = "cosine"  # or "constant"
-    clip_norm: float | None = 1.0
-    batch_size: int = 16
+    clip_norm: float | None = 1.0  # gradients are scaled down to this norm; None leaves them
+    batch_size: int = 16  # slices
     precision: str = "auto"  # "auto", "32", "bf16-mixed", "16-mixed"
-    seed: int = 42
+    seed: int = 42  # decides the split, the start and every draw
     test_size: float = 0.15  # share of the patients in the locked test set
-    k_folds: int = 5
+    k_folds: int = 5  # of cross-validation
     holdout_frac: float = 0.10  # share of the training patients that chooses the epoch
     selection: str = "inner_holdout"  # or "published": the epoch is chosen on the fold that is then scored
     threshold_strategy: str = "sens_target"  # or "max_f1"
-    sens_target: float = 0.70
+    sens_target: float = 0.70  # mean sensitivity over folds that the threshold must reach
 
 # %% ../nbs/04b_recipes.ipynb #41c8153d
 RECIPES = {
@@ -83,17 +83,7 @@ def flat(
         values |= {f"{key}_{stage.name}": value for key, value in asdict(stage).items() if key != "name"}
     return values
 
-# %% ../nbs/04b_recipes.ipynb #91a2d66b
-def nearest(
-    name: str,
-    valid: list[str],
-    what: str,  # "parameter", "recipe"
-) -> ValueError:  # to be raised
-    "An error for an unknown name that says which one was probably meant."
-    near = get_close_matches(name, valid, n=1, cutoff=0.5)
-    return ValueError(f"unknown {what} {name!r}" + (f": did you mean {near[0]!r}?" if near else "") + f" Valid: {', '.join(sorted(valid))}")
-
-
+# %% ../nbs/04b_recipes.ipynb #99a80838
 def conform(
     name: str,  # for the message
     value: Any,
@@ -113,11 +103,14 @@ def conform(
         return tuple(conform(name, v, tuple) if isinstance(v, list) else v for v in value)
     elif hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    elif hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
     elif isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
-    raise ValueError(f"{name} must be {getattr(hint, '__name__', hint)}, not {value!r}")
+    what = hint if get_origin(hint) else hint.__name__
+    raise ValueError(f"{name} must be {what}, not {value!r}" + " (write lists as [1, 2])" * ("tuple" in str(what)))
 
-# %% ../nbs/04b_recipes.ipynb #f8ce2498
+# %% ../nbs/04b_recipes.ipynb #4f59aa1e
 def override(
     recipe: Recipe,
     values: dict[str, Any],  # flat names, or the original's names for them
@@ -126,8 +119,7 @@ def override(
     valid = flat(recipe)
     top, parts, stages = {}, {"preprocess": {}, "augment": {}}, {s.name: {} for s in recipe.stages}
     for name, value in translate(values).items():
-        if name not in valid:
-            raise nearest(name, [*valid, *ALIASES], "parameter")
+        known("parameter", name, [*valid, *ALIASES])
         owner, key, target = locate(recipe, name, top, parts, stages)
         target[key] = conform(name, value, get_type_hints(owner)[key])
         if name in CHOICES and target[key] not in CHOICES[name]:
@@ -160,18 +152,26 @@ def locate(
     key, _, stage = name.rpartition("_")
     return Stage, key, stages[stage]
 
-# %% ../nbs/04b_recipes.ipynb #d1d27a13
+# %% ../nbs/04b_recipes.ipynb #6d0f6159
 def check(
     recipe: Recipe,
 ) -> Recipe:  # the same recipe
     "Refuse values out of range."
     limits = {"test_size": (0.01, 0.9), "holdout_frac": (0.01, 0.9), "sens_target": (0, 1), "label_smoothing": (0, 1),
-              "dropout_p": (0, 0.99), "k_folds": (2, 100), "batch_size": (1, 65536)}
+              "dropout_p": (0, 0.99), "k_folds": (2, 100), "batch_size": (1, 65536), "seed": (0, 2**32 - 1)}
     values = flat(recipe)
-    limits |= {k: (0, float("inf")) for k in values if k.startswith(("lr_", "weight_decay_", "patience_", "epochs_"))}
+    limits |= {"flip_p": (0, 1), "blur_p": (0, 1), "erase_p": (0, 1), "rotate_deg": (0, 180), "translate": (0, 1),
+               "zoom": (0.1, 10), "blur_sigma": (0, 10), "erase_area": (0, 1), "erase_ratio": (0.01, 100), "clip_norm": (1e-9, inf)}
+    limits |= {k: (0, inf) for k in values if k.startswith(("lr_", "weight_decay_", "patience_", "epochs_", "trainable_"))}
     for name, (low, high) in limits.items():
-        if not low <= values[name] <= high:
-            raise ValueError(f"{name} must be between {low} and {high}, not {values[name]!r}")
+        numbers = values[name] if isinstance(values[name], tuple) else (values[name],)
+        for number in numbers:
+            if isinstance(number, (int, float)) and not low <= number <= high:
+                raise ValueError(f"{name} must be between {low} and {high}, not {values[name]!r}")
+        if name in ("zoom", "blur_sigma", "erase_area", "erase_ratio") and numbers[0] > numbers[1]:
+            raise ValueError(f"{name} must be the smaller number, then the larger, not {values[name]!r}")
+    if not any(stage.epochs for stage in recipe.stages):
+        raise ValueError(f"nothing would be trained: {', '.join(f'epochs_{stage.name}' for stage in recipe.stages)} are 0")
     return recipe
 
 # %% ../nbs/04b_recipes.ipynb #91086250
@@ -199,7 +199,7 @@ GRID = {
     "partial_ft_layer4_fc_only": {"trainable_ft": 1, "weight_decay_ft": 1e-3, "dropout_p": 0.4},
 }
 
-# %% ../nbs/04b_recipes.ipynb #0b113a27
+# %% ../nbs/04b_recipes.ipynb #7df100e3
 def resolve(
     recipe: str = "slice_cv",
     scale: str = "full",  # "full" as published, "demo" for two cores and a small cohort
@@ -209,24 +209,24 @@ def resolve(
 ) -> Recipe:
     "The recipe that a run follows."
     for what, name, valid in (("recipe", recipe, RECIPES), ("scale", scale, SCALES), ("grid candidate", candidate, GRID)):
-        if name is not None and name not in valid:
-            raise nearest(name, list(valid), what)
+        if name is not None:
+            known(what, name, valid)
     resolved, small = RECIPES[recipe], DEMO[recipe] if scale == "demo" else {}
-    for layer in (GRID_BASE if candidate else {}, small, GRID.get(candidate, {}), PUBLISHED if published else {}):
+    base = {k: v for k, v in GRID_BASE.items() if not (small and k.startswith(("epochs", "patience")))}
+    for layer in (small, base if candidate else {}, GRID.get(candidate, {}), PUBLISHED if published else {}):
         resolved = override(resolved, layer)
     if published:
         resolved = replace(resolved, preprocess=Preprocess.published(size=resolved.preprocess.size))
     return override(resolved, values or {})
 
-# %% ../nbs/04b_recipes.ipynb #9bfb8d24
+# %% ../nbs/04b_recipes.ipynb #39772988
 def notebook_parameters(
     names: dict[str, Any],  # the notebook's `globals()`, just below its parameters
     valid: list[str],  # names that are allowed
 ) -> dict[str, Any]:  # those given, None left out
-    "The parameters of a notebook, refused where unknown."
+    "The parameters of a notebook, refused where unknown; None is kept where it is a value of its own."
     plain = (str, int, float, bool, list, dict, tuple, type(None))
     given = {k: v for k, v in names.items() if isinstance(v, plain) and not k.startswith("_") and k not in ("In", "Out")}
     for name in given:
-        if name not in valid:
-            raise nearest(name, valid, "parameter")
-    return {k: v for k, v in given.items() if v is not None}
+        known("parameter", name, valid)
+    return {k: v for k, v in given.items() if v is not None or k.startswith(("clip_norm", "trainable_", "ft_trainable_attrs"))}

@@ -6,7 +6,7 @@
 __all__ = ['PARTIAL', 'PACKAGES', 'project_root', 'whole', 'write_json', 'read_json', 'write_table', 'start', 'finish', 'latest',
            'manifest', 'git_commit', 'describe', 'line']
 
-# %% ../nbs/04c_runs.ipynb #aa93a566
+# %% ../nbs/04c_runs.ipynb #3d6e8747
 import json
 import math
 import os
@@ -17,9 +17,9 @@ from collections.abc import Callable
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
+from shutil import which
 from typing import Any
 
-import pandas as pd
 from pandas import DataFrame
 
 # %% ../nbs/04c_runs.ipynb #d2626f43
@@ -114,7 +114,7 @@ def latest(
         raise FileNotFoundError(f"no finished run in {outputs}; `make train` or `ctbm train` makes one")
     return runs[-1]
 
-# %% ../nbs/04c_runs.ipynb #fa61e36c
+# %% ../nbs/04c_runs.ipynb #1f7ed622
 PACKAGES = ("ctbm", "torch", "torchvision", "timm", "lightning", "pydicom", "numpy", "pandas", "scikit-learn", "opencv-python-headless")
 
 
@@ -132,12 +132,13 @@ def manifest(
 
 def git_commit() -> str | None:
     "The commit of the checkout that ctbm runs from, with -dirty where it was changed; None outside a checkout."
-    here = Path(__file__).parent if "__file__" in globals() else Path.cwd()
+    here = project_root(Path(__file__).parent if "__file__" in globals() else None)
+    if not (here / ".git").exists() or not which("git"):
+        return None
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    done = subprocess.run(command, cwd=here, capture_output=True, text=True)
-    return done.stdout.strip() or None
+    return subprocess.run(command, cwd=here, capture_output=True, text=True).stdout.strip() or None
 
-# %% ../nbs/04c_runs.ipynb #d81da917
+# %% ../nbs/04c_runs.ipynb #21ba1f22
 def describe(
     run: Path,  # a finished run
 ) -> str:
@@ -150,7 +151,7 @@ def describe(
     lines = [f"run       {run}", f"recipe    {made['recipe']}, {made['backbone']}, scale {made['scale']}, seed {made['seed']}",
              f"threshold {chosen['threshold']:.2f} ({how}), from out-of-fold scores"]
     for title, figures, names in (("out-of-fold", cv["oof"], ("roc_auc", "auprc")), ("test", test["figures"], tuple(test["figures"]))):
-        lines.append(f"{title} ({figures['roc_auc']['slices']} slices of {figures['roc_auc']['patients']} patients)")
+        lines.append("{} ({slices} slices of {patients} patients, {positive} slices positive)".format(title, **figures["roc_auc"]))
         lines += [f"  {name:12} {line(figures[name])}" for name in names]
         grey = test["baseline"]["oof" if title == "out-of-fold" else "test"]
         lines.append(f"  beside it, grey-histogram baseline: roc_auc {grey['roc_auc']:.3f}, auprc {grey['auprc']:.3f}")

@@ -105,10 +105,14 @@ def test_floors():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
     floors = [{"cohort", "preprocess", "phantom", "viewer"}, {"pack"}, {"datasets", "models", "losses", "thresholds", "evaluate"},
               {"recipes", "runs"}, {"train", "eda"}, {"cli"}]
-    height = {name: i for i, floor in enumerate(floors) for name in floor}
+    seen, height = set(), {name: i for i, floor in enumerate(floors) for name in floor}
     for path in (ROOT / "ctbm").glob("[a-z]*.py"):
-        named = set(re.findall(r"^\s*from ctbm\.(\w+) import", path.read_text(), re.MULTILINE))
-        listed = re.findall(r"^\s*from ctbm import (.+)$", path.read_text(), re.MULTILINE)
-        named |= {name.split(" as ")[0].strip() for names in listed for name in names.split(",")}
+        imports = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]
+        nodes = [n for n in imports if n.level or n.module.startswith("ctbm")]
+        modules = [(n.module or "").removeprefix("ctbm").strip(".") for n in nodes]
+        named = {name for n, module in zip(nodes, modules, strict=True) for name in ([module] if module else [a.name for a in n.names])}
+        assert named <= set(height), f"{path.stem} names {named - set(height)}, which stands on no floor"
+        seen |= named
         too_high = {name for name in named if height[name] > height[path.stem]}
         assert not too_high, f"{path.stem} names {too_high}"
+    assert {"cohort", "preprocess", "train", "recipes"} <= seen

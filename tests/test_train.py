@@ -120,6 +120,53 @@ def test_run_is_not_resumed_on_other_data(workplace, cohort_folder, tmp_path, mo
         train.run(resume=partial)
 
 
+def test_run_is_not_resumed_with_other_settings(workplace, tmp_path, monkeypatch):
+    config = tmp_path / "config.json"
+    config.write_text('{"lr_ft": 0.001}')
+    monkeypatch.setattr(train, "fit", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.run(**workplace | {"outputs": str(tmp_path / "outputs")}, **SMALL, config_json=str(config))
+    (partial,) = (tmp_path / "outputs").glob("*.partial")
+    with pytest.raises(ValueError, match="lr_ft cannot be changed"):
+        train.run(resume=partial, lr_ft=0.5)
+    config.write_text('{"lr_ft": 0.00005}')
+    with pytest.raises(ValueError, match="not what they were"):
+        train.run(resume=partial)
+
+
+def test_stages_train_what_they_say_and_stop_when_patience_is_gone():
+    "Head, then the last two stages; what is frozen stays, statistics too; a cosine over the epochs; patience and one bad epoch more."
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (48, 3, 32, 32)).astype(np.uint8)
+    table = pd.DataFrame({"row": range(48), "label": np.arange(48) % 2})
+    values = {"weights": "none", "size": 32, "batch_size": 8, "epochs_head": 3, "epochs_ft": 9, "patience_head": 9, "patience_ft": 1,
+              "trainable_ft": 2, "schedule": "cosine"}
+    recipe, states = recipes.override(recipes.resolve(scale="demo"), values), []
+    torch.manual_seed(np.random.SeedSequence([recipe.seed, 0]).generate_state(1)[0].item())
+    start = models.create_model("resnet18", 3, "none", recipe.dropout_p, 32).state_dict()
+    network, history = train.fit(recipe, images, table[:32], table[32:], 0, lambda line: states.append(line))
+    changed = {k.split(".")[0] for k, v in network.state_dict().items() if not torch.equal(v, start[k])}
+    assert changed <= {"layer3", "layer4", "fc"} and "fc" in changed
+    head, ft = ([line for line in history if line["stage"] == name] for name in ("head", "ft"))
+    assert [round(line["lr"] / head[0]["lr"], 2) for line in head] == [1.0, 0.75, 0.25]
+    best = max(i for i, line in enumerate(ft) if line["best"])
+    assert len(ft) == 9 or len(ft) == best + 1 + 2, "patience 1 puts up with one epoch that is no better and ends after the second"
+
+
+def test_a_few_positive_patients_are_on_both_sides():
+    table = pd.DataFrame({"patient": [f"P{i:03}" for i in range(60)], "label": [1] * 4 + [0] * 56, "fold": 0, "row": range(60)})
+    recipe = recipes.resolve()
+    for job in range(6):
+        learns, chooses = train.choosers(recipe, table, table[:0], job)
+        assert learns.label.sum() == 3 and chooses.label.sum() == 1 and not set(learns.patient) & set(chooses.patient)
+
+
+def test_every_patient_may_have_a_positive_slice():
+    table = pd.DataFrame({"patient": np.repeat([f"P{i}" for i in range(20)], 4), "label": [0, 1, 0, 0] * 20, "slice_id": range(80)})
+    split = datasets.split(table, folds=3)
+    assert split.groupby("fold").label.nunique().eq(2).all() and split.groupby("patient").fold.nunique().eq(1).all()
+
+
 def test_training_that_diverges_says_so(workplace):
     with pytest.raises(FloatingPointError, match="Lower lr_ft"):
         train.run(**workplace, **SMALL | {"clip_norm": 1e9, "optimizer": "sgd", "precision": "32"}, lr_ft=1e12)
@@ -206,14 +253,15 @@ def test_command_line_gives_the_same_run(finished, workplace, capfd):
 ])
 def test_what_a_user_can_mend_is_said_in_one_line(words, said, cohort_folder, tmp_path, capfd):
     words = [str(cohort_folder) if word == "HERE" else word for word in words]
-    assert cli.main(["train", "--outputs", str(tmp_path / "o"), "--packs", str(tmp_path / "p"), "--out-size", "32", *words]) == 2
+    start = ["train", "--outputs", str(tmp_path / "o"), "--packs", str(tmp_path / "p"), "--out-size", "32", "--weights", "none"]
+    assert cli.main([*start, *words]) == 2
     assert said in capfd.readouterr().err
 
 
 def test_empty_data_folder_says_where_it_looked(tmp_path):
     (tmp_path / "CTs").mkdir()
     with pytest.raises(FileNotFoundError, match=str(tmp_path / "CTs")):
-        train.run(data_root=str(tmp_path))
+        train.run(data_root=str(tmp_path), weights="none")
 
 
 def test_planted_overlap_is_refused(finished):
@@ -234,7 +282,15 @@ def test_one_study_under_two_names_is_refused(finished):
         datasets.check_split(planted)
 
 
-def test_imagenet_weights_come_from_the_hub_s_cache(tmp_path, monkeypatch):
+@pytest.fixture
+def forget_weights():
+    "What was found out about weights in one test is not true in another."
+    models.find_weights.cache_clear()
+    yield
+    models.find_weights.cache_clear()
+
+
+def test_imagenet_weights_come_from_the_hub_s_cache(tmp_path, monkeypatch, forget_weights):
     import timm
     from safetensors.torch import save_file
     torch.manual_seed(3)
@@ -246,14 +302,15 @@ def test_imagenet_weights_come_from_the_hub_s_cache(tmp_path, monkeypatch):
     (snapshot.parents[1] / "refs" / "main").write_text("abc")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     model = models.create_model("resnet18", weights="auto")
-    assert model.provenance["used"] == "imagenet" and len(model.provenance["sha256"]) == 64
+    facts = models.provenance("resnet18", "auto")
+    assert facts["used"] == "imagenet" and len(facts["sha256"]) == 64
     assert torch.equal(model.layer4[1].conv2.weight, donor.layer4[1].conv2.weight)
 
 
-def test_weights_that_cannot_be_had_are_an_error_or_said_loudly(tmp_path, monkeypatch):
+def test_weights_that_cannot_be_had_are_an_error_or_said_loudly(tmp_path, monkeypatch, forget_weights):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(models, "hub_answers", lambda: False)
     with pytest.raises(FileNotFoundError, match="does not answer"):
         models.create_model("resnet18", weights="imagenet")
     with pytest.warns(UserWarning, match="RANDOM START"):
-        assert models.create_model("resnet18", weights="auto").provenance["used"] == "random"
+        assert models.provenance("resnet18", "auto")["used"] == "random"
