@@ -51,7 +51,7 @@ def draw_folds(ax, split):
         labels = np.sort(sides.label[sides.fold == fold])[::-1]
         x, row = np.arange(len(labels)) % 34, np.arange(len(labels)) // 34
         ax.scatter(x, y - 0.11 * row, s=7, c=np.where(labels == 1, "#D55E00", "#0072B2"), lw=0)
-        name = "test, once" if fold == -1 else f"fold {fold + 1}"
+        name = "test, once" if fold == -1 else f"fold {fold}"
         ax.text(-1, y, name, ha="right", va="center", fontsize=9)
     ax.set(xlim=(-11, 34), ylim=(-0.6, len(sides.fold.unique()) - 0.4))
     ax.axis("off")
