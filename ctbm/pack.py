@@ -105,7 +105,7 @@ def pack_key(
     what = {"files": files, "preprocess": asdict(preprocess), "code": code_version()}
     return hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=12).hexdigest()
 
-# %% ../nbs/02a_pack.ipynb #5b852d5e
+# %% ../nbs/02a_pack.ipynb #b0874c27
 @dataclass(frozen=True)
 class Pack:
     "Preprocessed slices and the table that says which is which."
@@ -125,17 +125,15 @@ def build(
     if slices.empty:
         raise ValueError("no usable slice to pack: every row of the table has a problem; see its `problem` column")
     jobs = jobs or cpu_count()
-    with Parallel(jobs, return_as="generator") as parallel:
-        hashes = Parallel(jobs, return_as="generator", prefer="threads")(delayed(file_hash)(path) for path in slices.path)
-        slices["sha"] = list(tqdm(hashes, "hashing files", len(slices), unit="file", mininterval=2))
-        unique = slices.drop_duplicates(["sha", "frame"]).sort_values(["sha", "frame"]).reset_index(drop=True)
-        key = pack_key(unique, preprocess)
-        done = Path(folder) / key
-        done.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(done.with_suffix(".lock")):
-            if not done.exists():
-                fill(unique, preprocess, done.with_suffix(".partial"), parallel)
-                os.rename(done.with_suffix(".partial"), done)
+    hashes = Parallel(jobs, return_as="generator", prefer="threads")(delayed(file_hash)(path) for path in slices.path)
+    slices["sha"] = list(tqdm(hashes, "hashing files", len(slices), unit="file", mininterval=2))
+    unique = slices.drop_duplicates(["sha", "frame"]).sort_values(["sha", "frame"]).reset_index(drop=True)
+    done = Path(folder) / pack_key(unique, preprocess)
+    done.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(done.with_suffix(".lock")):
+        if not done.exists():
+            fill(unique, preprocess, done.with_suffix(".partial"), Parallel(jobs, return_as="generator"))
+            os.rename(done.with_suffix(".partial"), done)
     return load(slices, unique, done)
 
 

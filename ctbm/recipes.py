@@ -6,7 +6,7 @@
 __all__ = ['RECIPES', 'CHOICES', 'ALIASES', 'FIXED', 'PUBLISHED', 'DEMO', 'SCALES', 'GRID_BASE', 'GRID', 'Stage', 'Recipe',
            'flat', 'conform', 'override', 'translate', 'locate', 'check', 'resolve', 'notebook_parameters']
 
-# %% ../nbs/04b_recipes.ipynb #14d700c6
+# %% ../nbs/04b_recipes.ipynb #cd69f805
 from dataclasses import asdict, dataclass, field, fields, replace
 from math import inf
 from types import UnionType
@@ -14,6 +14,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from .datasets import Augmentation
 from .preprocess import Preprocess, known
+from .thresholds import STRATEGIES
 
 # %% ../nbs/04b_recipes.ipynb #d31d1d54
 @dataclass(frozen=True)
@@ -63,10 +64,10 @@ RECIPES = {
     ),
 }
 
-# %% ../nbs/04b_recipes.ipynb #07bafd7d
+# %% ../nbs/04b_recipes.ipynb #a3fed84f
 CHOICES = {
     "optimizer": ("adamw", "sgd"), "schedule": ("cosine", "constant"), "selection": ("inner_holdout", "published"),
-    "threshold_strategy": ("sens_target", "max_f1"), "precision": ("auto", "32", "bf16-mixed", "16-mixed"),
+    "threshold_strategy": STRATEGIES, "precision": ("auto", "32", "bf16-mixed", "16-mixed"),
 }
 ALIASES = {"out_size": "size", "ft_trainable_attrs": "trainable_ft"}  # the original's names where ours differ
 FIXED = ("name", "kind", "stages", "preprocess", "augment")

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MODULES', 'RUN', 'PARAMETERS', 'DEMO_COHORT', 'prepare', 'memory_format', 'SliceModule', 'KeepBest', 'device',
            'precision', 'cpu_flags', 'quiet', 'run_stage', 'fit', 'score', 'choosers', 'run_fold', 'cross_validate',
-           'cv_metrics', 'run_grid_search', 'baseline', 'Job', 'plan', 'read_config', 'read_cohort', 'sizes',
-           'write_split', 'write_examples', 'save_figure', 'write_folds', 'write_model', 'write_test', 'Steps',
+           'fold_auprc', 'cv_metrics', 'run_grid_search', 'baseline', 'Job', 'plan', 'read_config', 'read_cohort',
+           'sizes', 'write_split', 'write_examples', 'save_figure', 'write_folds', 'write_model', 'write_test', 'Steps',
            'say_epoch', 'run', 'check_start', 'resumable', 'located', 'resumed', 'learn']
 
 # %% ../nbs/05_train.ipynb #b19eacd4
@@ -254,7 +254,7 @@ def run_fold(
     facts = {"train_auc": float(roc_auc_score(train.label, seen)), "history": history, "seconds": time.perf_counter() - started}
     return inside.assign(score=score(network, images, inside.row.to_numpy())), facts
 
-# %% ../nbs/05_train.ipynb #5aaf0c6d
+# %% ../nbs/05_train.ipynb #c9d685ad
 def cross_validate(
     recipe: Recipe,
     images: np.ndarray,
@@ -277,17 +277,24 @@ def cross_validate(
     return pd.concat(scored), facts
 
 
+def fold_auprc(
+    oof: DataFrame,  # fold, label, score
+) -> list[float]:
+    "Average precision of each fold."
+    return [float(average_precision_score(part.label, part.score)) for _, part in oof.groupby("fold")]
+
+
 def cv_metrics(
     oof: DataFrame,  # fold, label, score, patient
     recipe: Recipe,
 ) -> dict[str, Any]:  # mean_metric, std_metric, fold_metrics, oof, ...
     "Average precision by fold, and the pooled out-of-fold figures with intervals."
-    by_fold = [float(average_precision_score(part.label, part.score)) for _, part in oof.groupby("fold")]
+    by_fold = fold_auprc(oof)
     return {"metric": "auprc", "mean_metric": float(np.mean(by_fold)), "std_metric": float(np.std(by_fold)), "fold_metrics": by_fold,
             "oof": evaluate.score(oof.label, oof.score, groups=oof.patient), "config": recipes.flat(recipe),
             "batch_size": recipe.batch_size, "k_folds": recipe.k_folds, "seed": recipe.seed}
 
-# %% ../nbs/05_train.ipynb #97fd6ad7
+# %% ../nbs/05_train.ipynb #d9360fba
 def run_grid_search(
     candidates: dict[str, Recipe],
     images: np.ndarray,
@@ -299,9 +306,9 @@ def run_grid_search(
     rows = []
     for name, recipe in candidates.items():
         oof, facts = cross_validate(recipe, images, table, run / "folds" / name, lambda line, name=name: say({"candidate": name} | line))
-        metrics = cv_metrics(oof, recipe)
-        rows.append({"name": name, "mean_metric": metrics["mean_metric"], "std_metric": metrics["std_metric"],
-                     "seconds": round(sum(fact["seconds"] for fact in facts.values()), 1), "config": json.dumps(metrics["config"])})
+        by_fold, seconds = fold_auprc(oof), sum(fact["seconds"] for fact in facts.values())
+        rows.append({"name": name, "mean_metric": float(np.mean(by_fold)), "std_metric": float(np.std(by_fold)),
+                     "seconds": round(seconds, 1), "config": json.dumps(recipes.flat(recipe))})
     results = DataFrame(rows).sort_values("mean_metric", ascending=False, ignore_index=True, kind="stable")
     runs.write_table(run / "grid_results.csv", results)
     print(results.drop(columns="config").round(4).to_string(index=False), flush=True)
@@ -495,7 +502,7 @@ def say_epoch(line: dict) -> None:
     figures = f"loss {line['train_loss']:.4f}  val AUPRC {line['val_auprc']:.4f}{'*' if line['best'] else ' '}"
     print(f"  {where:30} {figures}  {line['seconds']:.1f} s", flush=True)
 
-# %% ../nbs/05_train.ipynb #1f5c1f86
+# %% ../nbs/05_train.ipynb #4a88b7c3
 def run(
     resume: str | Path | None = None,  # an unfinished run; everything else is then read from it
     **asked: Any,  # fields of `Job`, and values of the recipe by flat name
@@ -517,10 +524,10 @@ def run(
     split = datasets.split(cohort.usable(packed.table), recipe.test_size, recipe.k_folds, recipe.seed)
     run = Path(resume) if resume else runs.start(root / job.outputs)
     print(f"run folder {run}", flush=True)
+    runs.write_json(run / "run_args.json", asked)
+    everything = pd.concat([table[table.problem.notna() | table.label.isna()], packed.table], ignore_index=True)
+    write_split(run, everything, split, [packed.key, weights, *map(recipes.flat, (recipe, *candidates.values()))])
     with resumable(run):
-        runs.write_json(run / "run_args.json", asked)
-        everything = pd.concat([table[table.problem.notna() | table.label.isna()], packed.table], ignore_index=True)
-        write_split(run, everything, split, [packed.key, weights, *map(recipes.flat, (recipe, *candidates.values()))])
         steps("pictures of the preprocessing")
         write_examples(run, split, recipe, job.prep_plot_n)
         facts = learn(run, job, recipe, candidates, split, packed.images, steps)
