@@ -34,20 +34,19 @@ def hold_out(
                          f"{(table.label == 0).sum()} of {len(table)} slices are negative; each class needs at least two patients")
     return held
 
-# %% ../nbs/03_datasets.ipynb #63f60799
+# %% ../nbs/03_datasets.ipynb #36690b70
 TEST = -1  # the `fold` of the locked test set
 
 
 def check_split(
-    table: DataFrame,  # one row per slice, with `fold`, `patient` and, where known, `study`
+    table: DataFrame,  # one row per slice, with `fold` and `patient`
 ) -> DataFrame:  # the same table
-    "Refuse a split that has one patient, or one study, in two folds or in both training and test."
-    for who in [c for c in ("patient", "study") if c in table]:
-        sides = table[table[who].fillna("") != ""].groupby(who).fold.nunique()
-        shared = sides[sides > 1].index.tolist()
-        if shared:
-            raise ValueError(f"leak: {len(shared)} {who} value(s) in more than one fold, for example {shared[:3]}; "
-                             f"every slice of a {who} must have the same fold")
+    "Refuse a split that has one patient in two folds, or in both training and test."
+    sides = table.groupby("patient").fold.nunique()
+    shared = sides[sides > 1].index.tolist()
+    if shared:
+        raise ValueError(f"leak: {len(shared)} patient(s) in more than one fold, for example {shared[:3]}; "
+                         "every slice of a patient must have the same fold")
     return table
 
 # %% ../nbs/03_datasets.ipynb #9c81abe9

@@ -138,7 +138,7 @@ def git_commit() -> str | None:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     return subprocess.run(command, cwd=here, capture_output=True, text=True).stdout.strip() or None
 
-# %% ../nbs/04c_runs.ipynb #21ba1f22
+# %% ../nbs/04c_runs.ipynb #c7c02a98
 def describe(
     run: Path,  # a finished run
 ) -> str:
@@ -148,14 +148,17 @@ def describe(
         raise FileNotFoundError(f"{run} is not a finished run: it has no test_metrics.json")
     test, cv, chosen = (read_json(run / f"{name}.json") for name in ("test_metrics", "cv_metrics", "threshold_selection"))
     made, how = read_json(run / "effective_config.json"), chosen["strategy"] + ", fallback" * chosen["fallback"]
-    lines = [f"run       {run}", f"recipe    {made['recipe']}, {made['backbone']}, scale {made['scale']}, seed {made['seed']}",
-             f"threshold {chosen['threshold']:.2f} ({how}), from out-of-fold scores"]
-    for title, figures, names in (("out-of-fold", cv["oof"], ("roc_auc", "auprc")), ("test", test["figures"], tuple(test["figures"]))):
-        lines.append("{} ({slices} slices of {patients} patients, {positive} slices positive)".format(title, **figures["roc_auc"]))
-        lines += [f"  {name:12} {line(figures[name])}" for name in names]
-        grey = test["baseline"]["oof" if title == "out-of-fold" else "test"]
-        lines.append(f"  beside it, grey-histogram baseline: roc_auc {grey['roc_auc']:.3f}, auprc {grey['auprc']:.3f}")
-    return "\n".join(lines)
+    canary = (run / "audit.json").is_file() and read_json(run / "audit.json")["random_labels"]
+    lines = ["RANDOM LABELS: a canary; an interval of roc_auc without 0.5 in it means a leak"] if canary else []
+    lines += [f"run       {run}", f"recipe    {made['recipe']}, {made['backbone']}, scale {made['scale']}, seed {made['seed']}",
+              f"threshold {chosen['threshold']:.2f} ({how}), from out-of-fold scores"]
+    lines += [f"          {remark}" for remark in chosen.get("remarks", [])]
+    ranking = ("roc_auc", "auprc")
+    for title, found, names in (("out-of-fold", cv, ranking), ("test", test | {"oof": test["figures"]}, tuple(test["figures"]))):
+        lines.append("{} ({slices} slices of {patients} patients, {positive} slices positive)".format(title, **found["oof"]["roc_auc"]))
+        lines += [f"  {name:17} {line(found['oof'][name])}" for name in names]
+        lines += [f"  beside it, grey-histogram baseline: {name} {line(found['baseline'][name])}" for name in ranking]
+    return "\n".join(lines + [f"report    {run / 'report.html'}"] * (run / "report.html").is_file())
 
 
 def line(
@@ -163,4 +166,6 @@ def line(
 ) -> str:
     "A figure with its interval."
     value, low, high = (math.nan if figure[k] is None else figure[k] for k in ("estimate", "low", "high"))
-    return "not defined" if math.isnan(value) else f"{value:.3f} (95 % interval {low:.3f} to {high:.3f})"
+    if math.isnan(value):
+        return "not defined"
+    return f"{value:.3f} " + ("(no interval)" if math.isnan(low) else f"(95 % interval {low:.3f} to {high:.3f})")

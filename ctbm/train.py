@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['MODULES', 'RUN', 'PARAMETERS', 'DEMO_COHORT', 'prepare', 'memory_format', 'SliceModule', 'KeepBest', 'device',
            'precision', 'cpu_flags', 'quiet', 'run_stage', 'fit', 'score', 'choosers', 'run_fold', 'cross_validate',
-           'fold_auprc', 'cv_metrics', 'run_grid_search', 'baseline', 'Job', 'plan', 'read_config', 'read_cohort',
-           'sizes', 'write_split', 'write_examples', 'save_figure', 'write_folds', 'write_model', 'write_test', 'Steps',
-           'say_epoch', 'run', 'check_start', 'resumable', 'located', 'resumed', 'learn']
+           'run_grid_search', 'baseline', 'Job', 'plan', 'read_config', 'read_cohort', 'distinct', 'sizes',
+           'read_attributes', 'checked_attributes', 'write_split', 'write_audit', 'write_examples', 'write_model',
+           'Steps', 'say_epoch', 'run', 'check_start', 'resumable', 'located', 'resumed', 'learn']
 
-# %% ../nbs/05_train.ipynb #b19eacd4
+# %% ../nbs/05_train.ipynb #4d58dd37
 import hashlib
 import inspect
 import json
@@ -23,7 +23,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -35,7 +34,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 from torch.nn import Module
 
-from . import cohort, datasets, evaluate, models, pack, phantom, recipes, runs, thresholds
+from . import audit, cohort, datasets, models, pack, phantom, recipes, report, results, runs
 from .datasets import TEST, Augment, SliceDataset
 from .losses import loss_named, smooth
 from .models import create_model
@@ -254,7 +253,7 @@ def run_fold(
     facts = {"train_auc": float(roc_auc_score(train.label, seen)), "history": history, "seconds": time.perf_counter() - started}
     return inside.assign(score=score(network, images, inside.row.to_numpy())), facts
 
-# %% ../nbs/05_train.ipynb #c9d685ad
+# %% ../nbs/05_train.ipynb #57206171
 def cross_validate(
     recipe: Recipe,
     images: np.ndarray,
@@ -276,25 +275,7 @@ def cross_validate(
         scored.append(part)
     return pd.concat(scored), facts
 
-
-def fold_auprc(
-    oof: DataFrame,  # fold, label, score
-) -> list[float]:
-    "Average precision of each fold."
-    return [float(average_precision_score(part.label, part.score)) for _, part in oof.groupby("fold")]
-
-
-def cv_metrics(
-    oof: DataFrame,  # fold, label, score, patient
-    recipe: Recipe,
-) -> dict[str, Any]:  # mean_metric, std_metric, fold_metrics, oof, ...
-    "Average precision by fold, and the pooled out-of-fold figures with intervals."
-    by_fold = fold_auprc(oof)
-    return {"metric": "auprc", "mean_metric": float(np.mean(by_fold)), "std_metric": float(np.std(by_fold)), "fold_metrics": by_fold,
-            "oof": evaluate.score(oof.label, oof.score, groups=oof.patient), "config": recipes.flat(recipe),
-            "batch_size": recipe.batch_size, "k_folds": recipe.k_folds, "seed": recipe.seed}
-
-# %% ../nbs/05_train.ipynb #d9360fba
+# %% ../nbs/05_train.ipynb #561daa7c
 def run_grid_search(
     candidates: dict[str, Recipe],
     images: np.ndarray,
@@ -306,31 +287,29 @@ def run_grid_search(
     rows = []
     for name, recipe in candidates.items():
         oof, facts = cross_validate(recipe, images, table, run / "folds" / name, lambda line, name=name: say({"candidate": name} | line))
-        by_fold, seconds = fold_auprc(oof), sum(fact["seconds"] for fact in facts.values())
+        by_fold, seconds = results.fold_auprc(oof), sum(fact["seconds"] for fact in facts.values())
         rows.append({"name": name, "mean_metric": float(np.mean(by_fold)), "std_metric": float(np.std(by_fold)),
                      "seconds": round(seconds, 1), "config": json.dumps(recipes.flat(recipe))})
-    results = DataFrame(rows).sort_values("mean_metric", ascending=False, ignore_index=True, kind="stable")
-    runs.write_table(run / "grid_results.csv", results)
-    print(results.drop(columns="config").round(4).to_string(index=False), flush=True)
-    return results.name[0]
+    ranked = DataFrame(rows).sort_values("mean_metric", ascending=False, ignore_index=True, kind="stable")
+    runs.write_table(run / "grid_results.csv", ranked)
+    print(ranked.drop(columns="config").round(4).to_string(index=False), flush=True)
+    return ranked.name[0]
 
-# %% ../nbs/05_train.ipynb #55b4a3c5
+# %% ../nbs/05_train.ipynb #cd0e020d
 def baseline(
     table: DataFrame,  # `row`, `label`, `fold`
     images: np.ndarray,
     seed: int,
-) -> dict[str, dict[str, float]]:  # oof and test, each with roc_auc and auprc
-    "What gradient boosting on grey-value histograms scores on the same split."
+) -> np.ndarray:  # float, one score for each row of the table
+    "What gradient boosting on grey-value histograms scores each slice, by the same split."
     features, label, fold = models.histograms(images)[table.row], table.label.to_numpy().astype(int), table.fold.to_numpy()
     scored = np.full(len(table), np.nan)
     for k in sorted(set(fold)):
         train = (fold != k) & (fold != TEST)
         scored[fold == k] = models.histogram_baseline(seed).fit(features[train], label[train]).predict_proba(features[fold == k])[:, 1]
-    figures = {"roc_auc": roc_auc_score, "auprc": average_precision_score}
-    parts = {"oof": fold != TEST, "test": fold == TEST}
-    return {name: {k: float(f(label[part], scored[part])) for k, f in figures.items()} for name, part in parts.items()}
+    return scored
 
-# %% ../nbs/05_train.ipynb #bb152bd4
+# %% ../nbs/05_train.ipynb #f8ea9152
 @dataclass(frozen=True)
 class Job:
     "Where the data is, where the run goes, what is to be done."
@@ -346,6 +325,8 @@ class Job:
     packs: str = "data/packs"  # where packs are kept
     num_workers: int | None = None  # processes for scanning and packing; None: one for each processor
     prep_plot_n: int = 5  # slices of each class in the pictures of the preprocessing
+    attributes: str | None = None  # CSV inside data_root with ID or PatientID and further columns (lesion size, age, ...) for subgroups
+    random_labels: bool = False  # the canary: give each patient a label at random; nothing but a leak can predict it
 
 
 RUN = [*inspect.signature(Job).parameters, "resume"]
@@ -383,7 +364,7 @@ def read_config(
         raise ValueError(f"config_json {path} must hold names and values in braces, not a {type(values).__name__}")
     return values
 
-# %% ../nbs/05_train.ipynb #53db109a
+# %% ../nbs/05_train.ipynb #c6a8b5a6
 DEMO_COHORT = dict(n_patients=500, slices_per_patient=2, seed=42, difficulty="easy", layout="flat")  # 1,000 slices, a fifth positive
 
 
@@ -398,6 +379,15 @@ def read_cohort(
     return root, cohort.join_labels(cohort.scan(root / job.cts, job.num_workers), root / job.labels)
 
 
+def distinct(
+    slices: DataFrame,  # usable rows
+) -> DataFrame:  # the same rows, every slice_id once
+    "Put the patient before, and the frame behind, names that several slices share."
+    shared = slices.slice_id.duplicated(keep=False)
+    names = slices.slice_id.where(~shared, slices.patient + "/" + slices.slice_id)
+    return slices.assign(slice_id=names.where(~names.duplicated(keep=False), names + "#" + slices.frame.astype(str)))
+
+
 def sizes(
     split: DataFrame,  # usable rows with `fold`
 ) -> dict[str, dict[str, int]]:  # "test" and every fold: slices, patients, positive
@@ -406,11 +396,48 @@ def sizes(
     size = lambda part: {"slices": len(part), "patients": part.patient.nunique(), "positive": int(part.label.sum())}
     return {name: size(part) for name, part in sides.items()}
 
-# %% ../nbs/05_train.ipynb #f12e5bf6
+# %% ../nbs/05_train.ipynb #ade9f74a
+def read_attributes(
+    job: Job,
+    root: Path,  # the data folder
+    split: DataFrame,  # usable rows, with slice_id and labelled_patient
+) -> DataFrame | None:  # slice_id and the columns of the user's table; None where there is none
+    "What else is known of the slices."
+    if job.data_root is None:
+        truth = pd.read_csv(root / "truth.csv")
+        lesion_mm = 2 * np.sqrt(truth.lesion_area_mm2.where(truth.label == 1) / np.pi)
+        table, key = DataFrame({"ID": truth.ID, "lesion_mm": lesion_mm.round(1)}), "ID"
+    elif job.attributes is None:
+        return None
+    else:
+        table, key = checked_attributes(root / job.attributes)
+    ours = split.rename(columns={"slice_id": "ID", "labelled_patient": "PatientID"})[["ID", "PatientID"]]
+    joined = ours.merge(table, on=key, how="left").drop(columns="PatientID").rename(columns={"ID": "slice_id"})
+    if joined.drop(columns="slice_id").isna().all(axis=None):
+        raise ValueError(f"{job.attributes}: none of its {len(table)} values of {key} is in the cohort, which has {ours[key].iloc[0]} ...")
+    return joined
+
+
+def checked_attributes(
+    path: Path,  # CSV with ID or PatientID
+) -> tuple[DataFrame, str]:  # the table with only that one of the two, and which it is
+    "A table of attributes, each slice or patient once."
+    if not path.is_file():
+        raise FileNotFoundError(f"no table of attributes {path} (looked at {path.absolute()})")
+    table = pd.read_csv(path, dtype={"ID": str, "PatientID": str})
+    key = next((name for name in ("ID", "PatientID") if name in table), None)
+    if key is None or len(table.columns) < 2:
+        raise ValueError(f"{path} needs a column ID or PatientID and at least one more; it has {', '.join(table)}")
+    if (again := table[key][table[key].duplicated()]).any():
+        raise ValueError(f"{path}: {key} {again.iloc[0]!r} stands there more than once; give each a single row")
+    return table.drop(columns="PatientID", errors="ignore") if key == "ID" else table, key
+
+# %% ../nbs/05_train.ipynb #a3332430
 def write_split(
     run: Path,
     table: DataFrame,  # every row, usable or not
     split: DataFrame,  # usable rows with `fold`
+    attributes: DataFrame | None,  # from `read_attributes`
     settings: list[Any],  # what else decides the result: pack, weights, recipes
 ) -> None:
     "The tables that say what was used; refused where a resumed run finds other data or settings than it was started with."
@@ -422,7 +449,25 @@ def write_split(
     runs.write_table(run / "features_df_split.parquet", split.assign(test=split.fold == TEST))
     runs.write_table(run / "split.csv", sides)
     runs.write_table(run / "findings.csv", cohort.findings(table))
+    if attributes is not None:
+        runs.write_table(run / "attributes.csv", attributes.rename(columns={"slice_id": "id"}))
     runs.write_json(summary, cohort.checks(table) | {"split": sizes(split), "mark": mark})
+
+
+def write_audit(run: Path, split: DataFrame, links: DataFrame, random_labels: bool) -> None:
+    "What could let a network score well without seeing a lesion; refused where a leak is left."
+    leaks, probe = audit.leaks(split, links), audit.header_probe(split)
+    runs.write_table(run / "audit_links.csv", links)
+    runs.write_json(run / "audit.json", {
+        "headers": probe.to_dict("records"), "leaks": len(leaks), "random_labels": random_labels,
+        "linked": int(split.labelled_patient[split.labelled_patient != split.patient].nunique())})
+    if len(leaks):
+        raise ValueError(f"leak: {'; '.join(leaks.what.head(3))}")
+    for row in probe[probe.suspect].itertuples():
+        figure = runs.line({"estimate": row.auroc, "low": row.low, "high": row.high})
+        print(f"SUSPECT: {row.header} tells the label without an image: AUROC {figure}", flush=True)
+    for what in links.what:
+        print(f"audit: {what}", flush=True)
 
 
 def write_examples(run: Path, split: DataFrame, recipe: Recipe, n: int) -> None:
@@ -432,31 +477,9 @@ def write_examples(run: Path, split: DataFrame, recipe: Recipe, n: int) -> None:
         images = [read_hu(path, frame) for path, frame in zip(some.path, some.frame, strict=True)]
         spacings = list(zip(some.row_mm, some.col_mm, strict=True)) if (some[["row_mm", "col_mm"]] > 0).all(axis=None) else None
         figure = examples_grid(images, some.slice_id.tolist(), recipe.preprocess, spacings)
-        save_figure(run / f"preprocessing_examples_label{label}.png", figure)
+        results.save_figure(run / f"preprocessing_examples_label{label}.png", figure)
 
-
-def save_figure(path: Path, drawn: Any) -> None:
-    "Write a figure, or the figure that something drawn belongs to, as PNG, and let go of it."
-    runs.whole(path, lambda p: drawn.figure.savefig(p, dpi=120, format="png"))
-    plt.close(drawn.figure)
-
-# %% ../nbs/05_train.ipynb #00179a56
-def write_folds(run: Path, oof: DataFrame, facts: dict[int, dict], recipe: Recipe) -> float:  # the threshold
-    "Out-of-fold scores, threshold tables, curves, and the operating point."
-    by_fold = thresholds.table(oof, {k: fact["train_auc"] for k, fact in facts.items()})
-    over_folds = thresholds.summary(by_fold)
-    chosen = thresholds.select(over_folds, recipe.threshold_strategy, recipe.sens_target)
-    runs.write_table(run / "oof_predictions.csv", oof[["slice_id", "patient", "fold", "label", "score"]].rename(columns={"slice_id": "id"}))
-    runs.write_table(run / "cv_thresholds_by_fold.csv", by_fold)
-    runs.write_table(run / "cv_thresholds_summary.csv", over_folds)
-    runs.write_json(run / "cv_metrics.json", cv_metrics(oof, recipe))
-    runs.write_json(run / "threshold_selection.json", chosen)
-    save_figure(run / "cv_mean_roc.png", thresholds.plot_roc(oof).set_title("out-of-fold"))
-    save_figure(run / "cv_mean_pr.png", thresholds.plot_pr(oof).set_title("out-of-fold"))
-    save_figure(run / "cv_thresholds.png", thresholds.plot_tradeoff(over_folds, chosen["threshold"]))
-    return chosen["threshold"]
-
-
+# %% ../nbs/05_train.ipynb #b437e769
 def write_model(run: Path, network: Module, recipe: Recipe, history: DataFrame) -> None:
     "The weights, how to build the network they belong to, and the history of every epoch."
     tensors = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
@@ -465,20 +488,6 @@ def write_model(run: Path, network: Module, recipe: Recipe, history: DataFrame) 
         "backbone": recipe.backbone, "in_chans": len(recipe.preprocess.windows), "dropout_p": recipe.dropout_p,
         "size": recipe.preprocess.size, "preprocess": asdict(recipe.preprocess)})
     runs.write_table(run / "history.csv", history)
-
-
-def write_test(run: Path, test: DataFrame, threshold: float, grey: dict) -> None:
-    "The test set's scores, figures with intervals, and curves."
-    called = test.assign(id=test.slice_id, prob=test.score, pred=(test.score >= threshold).astype(int))
-    runs.write_table(run / "test_predictions.csv", called[["id", "patient", "prob", "pred", "label"]])
-    figures = evaluate.score(test.label, test.score, threshold, test.patient)
-    counts = thresholds.rates(test.label, test.score, threshold)
-    runs.write_json(run / "test_metrics.json", {
-        "threshold": threshold, "test_roc_auc": figures["roc_auc"]["estimate"], "test_auprc": figures["auprc"]["estimate"],
-        **{k: figures[k]["estimate"] for k in ("sensitivity", "specificity", "ppv", "npv", "f1")},
-        **{k: counts[k] for k in ("tp", "tn", "fp", "fn")}, "figures": figures, "baseline": grey})
-    save_figure(run / "test_roc_curve.png", thresholds.plot_roc(test[["label", "score"]]).set_title("test set"))
-    save_figure(run / "test_pr_curve.png", thresholds.plot_pr(test[["label", "score"]]).set_title("test set"))
 
 # %% ../nbs/05_train.ipynb #35c8a84f
 class Steps:
@@ -502,13 +511,13 @@ def say_epoch(line: dict) -> None:
     figures = f"loss {line['train_loss']:.4f}  val AUPRC {line['val_auprc']:.4f}{'*' if line['best'] else ' '}"
     print(f"  {where:30} {figures}  {line['seconds']:.1f} s", flush=True)
 
-# %% ../nbs/05_train.ipynb #4a88b7c3
+# %% ../nbs/05_train.ipynb #a4920b1f
 def run(
     resume: str | Path | None = None,  # an unfinished run; everything else is then read from it
     **asked: Any,  # fields of `Job`, and values of the recipe by flat name
 ) -> Path:  # the finished run folder
-    "Files to a decision: cohort, pack, folds, threshold, final model, test."
-    steps, root = Steps(8), runs.project_root()
+    "Files to a decision: cohort, pack, folds, operating point, final model, test, report."
+    steps, root = Steps(9), runs.project_root()
     asked = resumed(Path(resume), asked) if resume else located(asked)
     job, recipe, candidates = plan(asked)
     print("\n".join(f"{k:20} {v}" for k, v in (asdict(job) | recipes.flat(recipe)).items()), flush=True)
@@ -521,19 +530,28 @@ def run(
     steps("split: test set and folds, patient by patient")
     lost = packed.table[packed.table.problem.notna()]
     print("".join(f"not decoded: {path}: {problem}\n" for path, problem in zip(lost.path, lost.problem, strict=True)), end="", flush=True)
-    split = datasets.split(cohort.usable(packed.table), recipe.test_size, recipe.k_folds, recipe.seed)
+    slices = distinct(cohort.usable(packed.table))
+    links = audit.links(slices, packed.images)
+    slices = audit.merge(slices, links)
+    slices = audit.shuffle_labels(slices, recipe.seed) if job.random_labels else slices
+    split = datasets.split(slices, recipe.test_size, recipe.k_folds, recipe.seed)
+    attributes = read_attributes(job, data_root, split)
     run = Path(resume) if resume else runs.start(root / job.outputs)
     print(f"run folder {run}", flush=True)
     runs.write_json(run / "run_args.json", asked)
     everything = pd.concat([table[table.problem.notna() | table.label.isna()], packed.table], ignore_index=True)
-    write_split(run, everything, split, [packed.key, weights, *map(recipes.flat, (recipe, *candidates.values()))])
+    write_split(run, everything, split, attributes, [packed.key, weights, *map(recipes.flat, (recipe, *candidates.values()))])
+    write_audit(run, split, links, job.random_labels)
     with resumable(run):
         steps("pictures of the preprocessing")
         write_examples(run, split, recipe, job.prep_plot_n)
         facts = learn(run, job, recipe, candidates, split, packed.images, steps)
         facts |= {"data_root": str(data_root), "pack": packed.key, "weights": weights, "seconds": steps.seconds}
         runs.write_json(run / "manifest.json", runs.manifest(facts))
-    return runs.finish(run)
+    finished = runs.finish(run)
+    steps("report")
+    print(f"report    {report.write(finished)}", flush=True)
+    return finished
 
 # %% ../nbs/05_train.ipynb #9505c0a8
 def check_start(
@@ -583,7 +601,7 @@ def resumed(
         raise ValueError(f"{run} goes on as it was started, so {', '.join(changed)} cannot be changed; start a new run for that")
     return stored
 
-# %% ../nbs/05_train.ipynb #098171a9
+# %% ../nbs/05_train.ipynb #60f391a4
 def learn(
     run: Path,
     job: Job,
@@ -593,7 +611,7 @@ def learn(
     images: np.ndarray,  # the pack
     steps: Steps,
 ) -> dict[str, Any]:  # facts for the manifest
-    "Cross-validate, choose the threshold, train the final model, score the test set once."
+    "Cross-validate, choose the operating point, train the final model, score the test set once."
     pool, test = split[split.fold != TEST], split[split.fold == TEST]
     steps(f"cross-validation, {recipe.k_folds} folds")
     winner = run_grid_search(candidates, images, pool, run, say_epoch) if candidates else None
@@ -601,15 +619,20 @@ def learn(
     chosen = {"recipe": job.recipe, "scale": job.scale, "published": job.published, "candidate": winner}
     runs.write_json(run / "effective_config.json", chosen | recipes.flat(recipe))
     oof, facts = cross_validate(recipe, images, pool, run / "folds" / (winner or "cv"), say_epoch)
-    steps("threshold, from out-of-fold scores")
-    threshold = write_folds(run, oof, facts, recipe)
+    steps("operating point and calibration, from out-of-fold scores")
+    grey = pd.Series(baseline(split, images, recipe.seed), split.index)
+    oof = oof.assign(baseline=grey[oof.index])
+    results.write_operating_point(run, oof, {k: fact["train_auc"] for k, fact in facts.items()}, recipe)
+    results.write_calibration(run, oof, recipe)
     steps("final model, on everything outside the test set")
     train, valid = choosers(recipe, pool, pool[:0], recipe.k_folds)
     network, history = fit(recipe, images, train, valid, recipe.k_folds, lambda line: say_epoch({"fold": "final"} | line))
     lines = [{"fold": k} | line for k, fact in facts.items() for line in fact["history"]] + [{"fold": "final"} | line for line in history]
     write_model(run, network, recipe, DataFrame(lines))
-    steps("test set, once, and the baseline beside it")
-    scored = test.assign(score=score(network, images, test.row.to_numpy()))
-    write_test(run, scored, threshold, baseline(split, images, recipe.seed))
+    steps("test set, once; then where it fails")
+    scored = test.assign(score=score(network, images, test.row.to_numpy()), baseline=grey[test.index])
+    results.write_test(run, scored)
+    score_images = lambda images: score(network, images, np.arange(len(images)))
+    results.write_failures(run, scored, recipe, score_images, job.num_workers)
     steps(None)
     return chosen | {"backbone": recipe.backbone, "seed": recipe.seed, "device": device().type, "precision": precision(recipe.precision)}

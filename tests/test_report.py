@@ -1,0 +1,207 @@
+"The report of a run, of a control run, of a comparison; read as a file, and opened in a browser where there is one."
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ctbm import cli, evaluate, report, runs, train
+
+SMALL = {"scale": "demo", "backbone": "resnet10t", "weights": "none", "size": 32, "epochs_head": 0, "epochs_ft": 2, "k_folds": 2,
+         "num_workers": 1}
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+@pytest.fixture(scope="module")
+def run(cohort_folder, tmp_path_factory) -> Path:
+    "A small run with a table of attributes; training ends with the report."
+    place = tmp_path_factory.mktemp("reports")
+    data = place / "data"
+    data.mkdir()
+    for name in ("CTs", "labels1.csv"):
+        (data / name).symlink_to(cohort_folder / name)
+    truth = pd.read_csv(cohort_folder / "truth.csv")
+    known = truth.assign(lesion_mm2=truth.lesion_area_mm2.where(truth.label == 1))
+    known[["ID", "age", "lesion_mm2"]].to_csv(data / "more.csv", index=False)
+    return train.run(data_root=str(data), outputs=str(place / "outputs"), packs=str(place / "packs"), attributes="more.csv", **SMALL)
+
+
+@pytest.fixture(scope="module")
+def html(run) -> str:
+    return (run / "report.html").read_text(encoding="utf8")
+
+
+def copied(run: Path, folder: Path) -> Path:
+    return shutil.copytree(run, folder / run.name, ignore=shutil.ignore_patterns("folds", "*.safetensors"))
+
+
+class Page(HTMLParser):
+    "What a page is made of: every tag closed, every address it names."
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.ids, self.links, self.sources, self.tags = [], [], [], [], set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.tags.add(tag)
+        self.ids += [attrs["id"]] if "id" in attrs else []
+        self.links += [attrs["href"]] if "href" in attrs else []
+        self.sources += [attrs["src"]] if "src" in attrs else []
+        assert tag != "img" or attrs["alt"], "a picture without words for those who cannot see it"
+        if tag not in ("meta", "link", "img", "br"): self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"{tag} closes what it did not open"
+
+
+def test_a_run_ends_in_a_report(run):
+    names = {"report.html", "report.json", "model_card.md", "checklist_claim.csv", "checklist_tripod.csv"}
+    assert names <= {p.name for p in run.iterdir()}
+    assert not [p.name for p in run.iterdir() if p.name.startswith(".")]
+
+
+def test_page_is_whole_and_asks_for_nothing(html):
+    page = Page(html)
+    assert not page.open and len(set(page.ids)) == len(page.ids)
+    assert all(source.startswith("data:image/") for source in page.sources) and len(page.sources) >= 15
+    assert {link.removeprefix("#") for link in page.links if link.startswith("#")} == set(page.ids)
+    assert not [link for link in page.links if not link.startswith(("#", "data:"))]
+    assert not page.tags & {"script", "iframe", "object", "video"} and not re.search(r"@import|url\(", html)
+    assert "/tmp/" not in html and "/home/" not in html, "somebody's folders are in the page"
+
+
+def test_every_section_and_every_interval_is_there(run, html):
+    titles = re.findall(r"<h2>(.*?)</h2>", html)
+    wanted = ["Summary", "Data", "Leak audit", "Model and training", "Discrimination", "Operating point", "Calibration",
+              "Decision curve and triage", "Patients", "Subgroups and shifts", "Errors to look at", "Limitations found by the run",
+              "Reproduce", "Appendix: model card", "Appendix: CLAIM 2024", "Appendix: TRIPOD+AI", "Appendix: findings in the files"]
+    assert titles == wanted
+    n = runs.read_json(run / "report.json")
+    shown = [*n["slices"]["figures"]["test"].values(), *n["slices"]["figures"]["out-of-fold"].values(), *n["triage"]["outcome"].values(),
+             *n["patients"]["figures"]["test"].values(), *n["patients"]["outcome"].values(),
+             *(n["calibration"]["test"]["platt"][k] for k in report.MEASURES)]
+    for figure in shown:
+        assert report.interval(figure) in html.replace(" <span>", " ").replace("</span>", "")
+    assert "age" in html and "lesion_mm2" in html, "attributes are looked at"
+
+
+def test_page_card_and_stored_figures_say_the_same(run, html):
+    stored, card = runs.read_json(run / "test_metrics.json"), (run / "model_card.md").read_text(encoding="utf8")
+    for name in ("roc_auc", "auprc", "sensitivity", "specificity"):
+        said = report.interval(stored["figures"][name])
+        assert said in html and said in card
+    test = pd.read_csv(run / "test_predictions.csv", dtype={"patient": str})
+    again = evaluate.score(test.label, test.prob, stored["threshold"], test.patient)
+    assert again["roc_auc"]["low"] == stored["figures"]["roc_auc"]["low"] or np.isnan(again["roc_auc"]["low"])
+    claim, tripod = (pd.read_csv(run / f"checklist_{name}.csv", dtype=str) for name in ("claim", "tripod"))
+    assert len(claim) == 44 and len(tripod) == 52
+    for table in (claim, tripod):
+        assert (table.answer.str.contains("AUTHOR:") == (table.answered_by == "author")).all() and table.answered_by.nunique() == 2
+        assert set(table["where"].dropna()) <= set(Page(html).ids)
+
+
+def test_same_run_same_report(run, html):
+    report.write(run)
+    assert (run / "report.html").read_text(encoding="utf8") == html
+
+
+def test_prevalence_of_the_user(run, tmp_path):
+    copy = copied(run, tmp_path)
+    html = report.write(copy, prevalence=0.07).read_text(encoding="utf8")
+    assert "7 % (stated use)" in html
+    with pytest.raises(ValueError, match="prevalence is 7"):
+        report.write(copy, prevalence=7)
+
+
+def test_control_run_is_marked_loudly(run, tmp_path):
+    copy = copied(run, tmp_path)
+    runs.write_json(copy / "audit.json", runs.read_json(copy / "audit.json") | {"random_labels": True})
+    html, card = report.write(copy).read_text(encoding="utf8"), (copy / "model_card.md").read_text(encoding="utf8")
+    assert "CONTROL RUN" in html.split("</section>")[0] and "class='loud'" in html and "CONTROL RUN" in card.split("##")[0]
+    assert "with shuffled labels the AUROC is" in html
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    (lambda run: run.with_name("nowhere"), "there is no run folder"),
+    (lambda run: run.rename(run.with_name(run.name + runs.PARTIAL)), "ctbm train --resume"),
+    (lambda run: (run / "calibration.json").unlink() or run, "has no calibration.json"),
+])
+def test_what_cannot_be_reported_is_named(run, tmp_path, change, said, capfd):
+    wrong = change(copied(run, tmp_path))
+    with pytest.raises(FileNotFoundError, match=said):
+        report.write(wrong)
+    assert cli.main(["report", str(wrong)]) == 2 and said in capfd.readouterr().err
+
+
+def test_planted_leak_and_header_are_verdicts(run, tmp_path):
+    copy = copied(run, tmp_path)
+    audit = runs.read_json(copy / "audit.json")
+    audit["headers"][0] |= {"header": "kernel", "auroc": 0.95, "low": 0.9, "high": 0.98, "suspect": True}
+    runs.write_json(copy / "audit.json", audit | {"leaks": 2})
+    summary = report.write(copy).read_text(encoding="utf8").split("</section>")[0]
+    assert "Leaks: 2 pair(s)" in summary and "can be predicted from kernel" in summary and summary.count("class='bad'") >= 2
+
+
+def test_texts_from_files_cannot_run(run, tmp_path):
+    copy = copied(run, tmp_path)
+    findings = pd.read_csv(copy / "findings.csv")
+    findings.loc[len(findings)] = ["error", "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "a.dcm"]
+    findings.to_csv(copy / "findings.csv", index=False)
+    html = report.write(copy).read_text(encoding="utf8")
+    assert "<script" not in html and "<img src=x" not in html and "&lt;script&gt;" in html
+
+
+def test_run_without_the_extras(run, tmp_path):
+    copy = copied(run, tmp_path)
+    for name in report.MAYBE.values():
+        (copy / name).unlink(missing_ok=True)
+    html = report.write(copy).read_text(encoding="utf8")
+    assert "No table of attributes" in html and "No shifts were run" in html and "no pictures of its errors" in html
+
+
+def test_a_network_that_calls_nothing_positive(run, tmp_path):
+    copy = copied(run, tmp_path)
+    chosen = runs.read_json(copy / "threshold_selection.json")
+    runs.write_json(copy / "threshold_selection.json", chosen | {"threshold": 0.999})
+    html = report.write(copy).read_text(encoding="utf8")
+    assert "not defined" in html and "nan" not in re.sub(r"data:image[^'\"]*", "", html).lower().replace("provenance", "")
+
+
+def test_two_runs_on_the_same_patients(run, tmp_path):
+    other = copied(run, tmp_path / "other")
+    test = pd.read_csv(other / "test_predictions.csv", dtype={"id": str, "patient": str})
+    rng = np.random.default_rng(0)
+    test = test.assign(prob=0.5 * test.prob + 0.5 * rng.random(len(test))).sample(frac=1, random_state=0)
+    runs.write_table(other / "test_predictions.csv", test)
+    runs.write_json(other / "effective_config.json", runs.read_json(other / "effective_config.json") | {"lr_ft": 0.123})
+    html = report.compare(run, other, tmp_path / "pair.html").read_text(encoding="utf8")
+    assert not Page(html).open and "DeLong" in html and "paired bootstrap" in html and "lr_ft" in html and "0.123" in html
+    assert cli.main(["report", str(run), str(other), "--out", str(tmp_path / "again.html")]) == 0
+    assert (tmp_path / "again.html").read_text(encoding="utf8") == html
+
+
+def test_runs_on_other_patients_are_not_compared(run, tmp_path):
+    a = report.evidence(run)
+    fewer, other = (SimpleNamespace(**vars(a) | {"test": test}) for test in (a.test[1:], a.test.assign(label=1 - a.test.label)))
+    with pytest.raises(ValueError, match="1 slices are in one only"):
+        report.paired(a, fewer)
+    with pytest.raises(ValueError, match=f"{len(a.test)} labels"):
+        report.paired(a, other)
+
+
+@pytest.mark.parametrize("width", [1240, 390])
+def test_a_browser_opens_it_without_complaint(run, tmp_path, width):
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip(f"no browser here: none of {', '.join(BROWSERS)}")
+    words = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", f"--window-size={width},900",
+             "--enable-logging=stderr", "--v=0", "--dump-dom", (run / "report.html").as_uri()]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert "Reproduce" in done.stdout and not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
