@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['MARKS', 'DRAWN', 'SIDE', 'WIDE', 'BLUE', 'RED', 'GREEN', 'PURPLE', 'ORANGE', 'NUMBER', 'STYLE', 'PAGE_STYLE', 'FILES',
            'MAYBE', 'TOLD', 'TEXTS', 'LADDER', 'FEW', 'BROAD', 'DROP', 'GRID', 'FIGURES', 'VAGUE', 'THOUSAND',
-           'MEASURES', 'EXPECTED', 'OUTCOMES', 'FEW_SAID', 'PATHS', 'LEFT_OUT', 'FLAGS', 'CARD', 'CLAIM', 'TRIPOD',
-           'PARTS', 'CLAIM_SOURCE', 'TRIPOD_SOURCE', 'Text', 'Table', 'Figure', 'Section', 'number', 'interval',
-           'share', 'svg', 'picture_html', 'table_html', 'block_html', 'section_html', 'page', 'load', 'evidence',
-           'flow', 'sizes', 'joined', 'columns', 'characteristics', 'plain', 'scored', 'operated', 'calibrated',
-           'patients', 'operating_point', 'numbers', 'shifted', 'grouped', 'limitations', 'more_limitations', 'outside',
-           'shift_names', 'on_grid', 'plot_curve', 'plot_flow', 'plot_shift', 'plot_history', 'figures_table',
-           'summary', 'verdicts', 'canary', 'data', 'leaks', 'training', 'stage_text', 'weights_text', 'trains',
-           'discrimination', 'tradeoff', 'operating', 'calibrating', 'deciding', 'triage_blocks', 'pooling', 'groups',
-           'few', 'group_rows', 'shift_rows', 'errors', 'limits', 'command', 'reproducing', 'found_in_files', 'facts',
-           'facts_of_data', 'facts_of_result', 'training_text', 'model_card', 'card_markdown', 'checklist',
-           'checklist_section', 'arranged', 'sections', 'write', 'listed', 'paired', 'pairs_table', 'comparison',
-           'what_differs', 'plot_both', 'plot_pairs', 'compare']
+           'MEASURES', 'EXPECTED', 'ZONED', 'PROMISED', 'OUTCOMES', 'FEW_SAID', 'PATHS', 'LEFT_OUT', 'FLAGS', 'CARD',
+           'CLAIM', 'TRIPOD', 'PARTS', 'CLAIM_SOURCE', 'TRIPOD_SOURCE', 'Text', 'Table', 'Figure', 'Section', 'number',
+           'interval', 'share', 'svg', 'picture_html', 'table_html', 'block_html', 'section_html', 'page', 'load',
+           'evidence', 'flow', 'sizes', 'joined', 'columns', 'characteristics', 'plain', 'scored', 'operated',
+           'calibrated', 'patients', 'operating_point', 'numbers', 'shifted', 'grouped', 'limitations',
+           'more_limitations', 'outside', 'shift_names', 'on_grid', 'plot_curve', 'plot_flow', 'plot_shift',
+           'plot_history', 'figures_table', 'summary', 'verdicts', 'canary', 'data', 'leaks', 'training', 'stage_text',
+           'weights_text', 'trains', 'discrimination', 'tradeoff', 'operating', 'calibrating', 'deciding',
+           'triage_blocks', 'pooling', 'groups', 'few', 'group_rows', 'shift_rows', 'errors', 'limits', 'command',
+           'reproducing', 'found_in_files', 'facts', 'facts_of_data', 'facts_of_result', 'training_text', 'model_card',
+           'card_markdown', 'checklist', 'checklist_section', 'arranged', 'sections', 'write', 'listed', 'paired',
+           'pairs_table', 'comparison', 'what_differs', 'plot_both', 'plot_pairs', 'compare']
 
 # %% ../nbs/07a_report.ipynb #1c993f3e
 import base64
@@ -42,7 +42,7 @@ from .viewer import new_figure
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# %% ../nbs/07a_report.ipynb #f192b594
+# %% ../nbs/07a_report.ipynb #f9169722
 @dataclass(frozen=True)
 class Text:
     "A paragraph, or a verdict with its mark."
@@ -65,12 +65,14 @@ class Figure:
     alt: str  # what is seen, for those who cannot see it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Section:
     "A part of the report."
     title: str
     anchor: str  # its address in the page
     blocks: tuple[Text | Table | Figure, ...]
+
+    def __repr__(self): return f"{self.title}: {len(self.blocks)} blocks"
 
     def _repr_html_(self): return f"<style>{STYLE}</style><article class='ctbm'>{section_html(self)}</article>"
 
@@ -642,7 +644,7 @@ def summary(e: SimpleNamespace, n: dict[str, Any]) -> Section:
             "sampled. Grey levels: a baseline that sees no shapes.")
     return Section("Summary", "summary", ((loud,) * n["random_labels"] + (Text(what), Table(table, note), *verdicts(e, n))))
 
-# %% ../nbs/07a_report.ipynb #46026f17
+# %% ../nbs/07a_report.ipynb #fe06dae6
 def verdicts(
     e: SimpleNamespace,
     n: dict[str, Any],
@@ -659,8 +661,8 @@ def verdicts(
     judged = "off" if off else "too few slices to judge" if vague else "nothing speaks against it"
     found = [
         Text(f"Leaks: {n['audit']['leaks']} pair(s) of slices that belong together lie on both sides of the split.", "bad")
-        if n["audit"]["leaks"]
-             else Text(f"Leaks: no two slices that belong together lie on both sides of the split{partly}.", "look" if partly else "good"),
+        if n["audit"]["leaks"] else
+        Text(f"Leaks: no two slices that belong together lie on both sides of the split{partly}.", "look" if partly else "good"),
         Text(f"Headers: the label can be predicted from {', '.join(suspects)} without looking at the image.", "bad")
         if suspects else Text("Headers: none predicts the label beyond chance.", "good"),
         Text(f"Baseline: {ahead}.", "good" if better.low > 0 else "look"),
@@ -863,28 +865,33 @@ def deciding(e: SimpleNamespace, n: dict[str, Any]) -> Section:
         *triage_blocks(n["triage"]["stored"], n["triage"]["outcome"], "slices"),
         Figure((zones,), f"Scores of both classes and the three zones ({about}).", "triage zones")))
 
-# %% ../nbs/07a_report.ipynb #306104ef
+# %% ../nbs/07a_report.ipynb #fccd210b
 def triage_blocks(triage: dict[str, Any], outcome: dict[str, Any], of: str) -> list[Text | Table]:
     "What was promised, and what happened."
-    cut = lambda value: "nowhere" if value is None or not np.isfinite(value) else number(value)
-    text = (f"Three zones of {of}: ruled out below {cut(triage['rule_out_below'])}, ruled in from {cut(triage['rule_in_from'])}, the "
-            f"rest is sent to review. Cut from out-of-fold scores so that {EXPECTED[of].format(**triage)}, whatever the scores look "
-            f"like. The guarantee is about the average over patients like these; it does not travel to other hospitals.")
-    table = DataFrame({"test set": [interval(figure) for figure in outcome.values()]},
-                      index=pd.Index([OUTCOMES[k].format(**triage) for k in outcome], name="outcome"))
+    out, into = triage["rule_out_below"], triage["rule_in_from"]
+    zones = [f"below {number(out)} they are ruled out" if out is not None else "none is ruled out",
+             f"from {number(into)} they are ruled in" if into is not None else "none is ruled in"]
+    text = (f"Three zones of {of}: {', '.join(zones)}, the others are sent to review. Cut from out-of-fold scores, which stand in for "
+            f"those of the final model, so that {EXPECTED[of].format(**triage)}, whatever the scores look like. The promise is about the "
+            "average over patients like these; it does not travel to other hospitals.")
+    lines = {k: figure for k, figure in outcome.items() if k in OUTCOMES[of]}
+    table = DataFrame({"test set": [interval(figure) for figure in lines.values()]},
+                      index=pd.Index([OUTCOMES[of][k].format(**triage) for k in lines], name="outcome"))
     return [Text(text), *(Text(t, "look") for t in triage["remarks"]),
             Table(table, f"What happened in the test set ({of}), 95 % intervals.")]
 
-# %% ../nbs/07a_report.ipynb #13180b00
+# %% ../nbs/07a_report.ipynb #32f8bd74
 EXPECTED = {"slices": "of a new patient's positive slices at most {miss:.0%} are expected to be ruled out and of its negative slices at "
                       "most {false_alarm:.0%} to be ruled in",
             "patients": "of new positive patients at most {miss:.0%} are expected to be ruled out and of new negative patients at most "
                         "{false_alarm:.0%} to be ruled in"}
-OUTCOMES = {"ruled_out": "ruled out", "review": "sent to review", "ruled_in": "ruled in", "missed": "positives ruled out",
-            "false_alarms": "negatives ruled in",
-            "npv_ruled_out": "NPV of what is ruled out", "ppv_ruled_in": "PPV of what is ruled in",
-            "missed_by_patient": "positives ruled out, mean over patients (promised: at most {miss:.0%})",
-            "false_alarms_by_patient": "negatives ruled in, mean over patients (promised: at most {false_alarm:.0%})"}
+ZONED = {"ruled_out": "ruled out", "review": "sent to review", "ruled_in": "ruled in", "npv_ruled_out": "NPV of what is ruled out",
+         "ppv_ruled_in": "PPV of what is ruled in", "missed": "positives ruled out", "false_alarms": "negatives ruled in"}
+PROMISED = " (promised: at most {miss:.0%})", " (promised: at most {false_alarm:.0%})"
+OUTCOMES = {  # what is shown of `decision.triage_outcome`; a patient's mean is the patient where a row is a patient
+    "slices": ZONED | {"missed_by_patient": "positives ruled out, mean over patients" + PROMISED[0],
+                       "false_alarms_by_patient": "negatives ruled in, mean over patients" + PROMISED[1]},
+    "patients": ZONED | {"missed": "positives ruled out" + PROMISED[0], "false_alarms": "negatives ruled in" + PROMISED[1]}}
 
 # %% ../nbs/07a_report.ipynb #10999e1a
 def pooling(e: SimpleNamespace, n: dict[str, Any]) -> Section:
@@ -1365,7 +1372,7 @@ def pairs_table(
     return DataFrame(rows, index=pd.Index([FIGURES.get(k, k) for k in compared.index], name="figure"),
                      columns=[*names, "difference", "p", "test"])
 
-# %% ../nbs/07a_report.ipynb #4063024a
+# %% ../nbs/07a_report.ipynb #65b9127d
 def comparison(
     a: SimpleNamespace,  # from `evidence`
     b: SimpleNamespace,
@@ -1385,9 +1392,9 @@ def comparison(
         Section("Slices", "slices", (
             Table(pairs_table(slices, names), f"Difference: B less A, with its 95 % interval; thresholds {number(cuts[0], 2)} and "
                   f"{number(cuts[1], 2)}, each run's own."),
-            Figure((curves, svg(lambda ax: plot_pairs(ax, rows, cuts))), "ROC curves with 95 % bands, which overlap more than a paired "
-                                                                         "test "
-                   "would suggest; and every test slice with both scores, lines marking the thresholds.", "both models"))),
+            Figure((curves, svg(lambda ax: plot_pairs(ax, rows, cuts))),
+                   "ROC curves with 95 % bands, which overlap more than a paired test would suggest, and every test slice with both "
+                   "scores, lines marking the thresholds.", "both models"))),
         Section("Patients", "patients", (
             Table(pairs_table(people, names), f"{rule} pooling, {len(one):,} patients; thresholds {number(first, 2)} and "
                                               f"{number(second, 2)} "

@@ -85,7 +85,7 @@ def test_every_section_and_every_interval_is_there(run, html):
     assert titles == wanted
     n = runs.read_json(run / "report.json")
     shown = [*n["slices"]["figures"]["test"].values(), *n["slices"]["figures"]["out-of-fold"].values(), *n["triage"]["outcome"].values(),
-             *n["patients"]["figures"]["test"].values(), *n["patients"]["outcome"].values(),
+             *n["patients"]["figures"]["test"].values(), *(n["patients"]["outcome"][k] for k in report.OUTCOMES["patients"]),
              *(n["calibration"]["test"]["platt"][k] for k in report.MEASURES)]
     for figure in shown:
         assert report.interval(figure) in html.replace(" <span>", " ").replace("</span>", "")
