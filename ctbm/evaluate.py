@@ -160,7 +160,7 @@ def rarer_class(
     "The number of patients with a slice of the rarer class."
     return min(len(np.unique(patient[side])) for side in (y, ~y))
 
-# %% ../nbs/07_evaluate.ipynb #1926cb0d
+# %% ../nbs/07_evaluate.ipynb #a0248a20
 def proportion(
     hit: np.ndarray,  # bool[n]
     among: np.ndarray,  # bool[n], the rows that count
@@ -183,9 +183,12 @@ def proportion(
 def _effective(x, n, estimate):
     "How many independent observations the rows of all patients are worth, at most as many as there are rows."
     total, patients = n.sum(), len(n)
+    spread = ((x - estimate * n) ** 2).sum()
     if estimate in (0, 1) or patients == 1:
         return patients
-    design = ((x - estimate * n) ** 2).sum() / (total * estimate * (1 - estimate))
+    if spread == 0:  # every patient has exactly the overall share
+        return total
+    design = spread / (total * estimate * (1 - estimate))
     few = 1 if total == patients else (t.ppf(0.975, total - 1) / t.ppf(0.975, patients - 1)) ** 2
     return np.clip(total / design * few, 1, total)
 

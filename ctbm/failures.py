@@ -103,11 +103,11 @@ def shift_table(
         rows[name]["moved"] = float(np.median(np.abs(part.score.to_numpy() - before[part.id].to_numpy())))
     return DataFrame.from_dict(rows, orient="index").rename_axis(["shift", "level"])
 
-# %% ../nbs/07b_failures.ipynb #038fec05
+# %% ../nbs/07b_failures.ipynb #0ba13694
 def worst(
     scores: DataFrame,  # id, patient, label, score
     threshold: float,
-    n: int = 6,  # of each kind at most
+    n: int = 5,  # of each kind at most
 ) -> DataFrame:  # the same columns and `kind`: "miss" or "false alarm", the worst first
     "The slices that the scores are most wrong about, one for each patient."
     called = scores.score >= threshold
@@ -115,27 +115,26 @@ def worst(
              "false alarm": scores[(scores.label == 0) & called].sort_values(["score", "id"], ascending=[False, True])}
     return pd.concat([part.drop_duplicates("patient").head(n).assign(kind=kind) for kind, part in kinds.items()], ignore_index=True)
 
-# %% ../nbs/07b_failures.ipynb #f5e01650
+# %% ../nbs/07b_failures.ipynb #8e7238ee
 def errors_figure(
     errors: DataFrame,  # from `worst`, with path, frame, row_mm and col_mm
     preprocess: Preprocess,
 ) -> "Figure":
-    "Misses on the left, false alarms on the right, the worst on top."
+    "Misses, then false alarms, the worst on top."
     kinds = [(kind, list(errors[errors.kind == kind].itertuples())) for kind in ("miss", "false alarm")]
-    rows, columns = max(1, *(len(part) for _, part in kinds)), 1 + len(preprocess.windows)
-    level, width = WINDOWS["brain"]
-    fig = viewer.new_figure(figsize=(3.2 * columns, 1.75 * rows + 0.7), facecolor="black", layout="constrained", dpi=110)
-    for side, (kind, found) in zip(fig.subfigures(1, 2, wspace=0.03), kinds, strict=True):
+    columns, heights, (level, width) = 1 + len(preprocess.windows), [max(1, len(found)) for _, found in kinds], WINDOWS["brain"]
+    fig = viewer.new_figure(figsize=(1.9 * columns, 2.1 * sum(heights) + 0.6), facecolor="black", layout="constrained", dpi=110)
+    for side, rows, (kind, found) in zip(fig.subfigures(2, 1, height_ratios=heights), heights, kinds, strict=True):
         side.set_facecolor("black")
-        side.suptitle(f"{kind}: the worst {len(found)}" if found else f"{kind}: none", color="white", fontsize=11)
+        side.suptitle(f"{kind}: the worst {len(found)}" if found else f"{kind}: none", color="white", fontsize=12)
         axes = side.subplots(rows, columns, squeeze=False)
         for ax in axes.ravel(): ax.set_axis_off()
         for line, row in zip(axes, found, strict=False):
             hu = read_hu(row.path, row.frame)
             spacing_mm = (row.row_mm, row.col_mm) if row.row_mm > 0 and row.col_mm > 0 else None
             viewer.show(hu, level, width, line[0], spacing_mm=spacing_mm)
-            line[0].set_title(f"{row.id}\nscore {row.score:.2f}", color="white", fontsize=7)
+            line[0].set_title(f"{row.id}\nscore {row.score:.2f}", color="white", fontsize=9)
             for ax, plane, (at, wide) in zip(line[1:], pixels(hu, row, preprocess), preprocess.windows, strict=True):
                 ax.imshow(plane, cmap="gray", vmin=0, vmax=255)
-                ax.set_title(f"\nL {at:g} W {wide:g} HU", color="0.75", fontsize=7)
+                ax.set_title(f"\nL {at:g} W {wide:g} HU", color="0.75", fontsize=9)
     return fig

@@ -6,9 +6,8 @@
 __all__ = ['save_figure', 'fold_auprc', 'cv_metrics', 'write_operating_point', 'write_calibration', 'write_test',
            'write_failures']
 
-# %% ../nbs/07c_results.ipynb #b8ee5284
+# %% ../nbs/07c_results.ipynb #0ac4c6bb
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
