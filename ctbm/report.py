@@ -19,7 +19,6 @@ __all__ = ['FILES', 'MAYBE', 'TOLD', 'TEXTS', 'LADDER', 'FEW', 'BROAD', 'DROP', 
 import hashlib
 import json
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
