@@ -26,10 +26,10 @@ from .evaluate import bootstrap, ranking, rarer_class
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# %% ../nbs/03a_audit.ipynb #2505b3b9
+# %% ../nbs/03a_audit.ipynb #a3ddf6ee
 KINDS = {  # kind: the columns that must be equal, and how it is told
     "same file": (["file"], "identical file"),
-    "same pixels": (["pixels"], "image that is equal pixel by pixel"),
+    "same pixels": (["pixels"], "pixel-equal image"),
     "same instance": (["instance", "frame"], "SOPInstanceUID"),
     "same study": (["study"], "StudyInstanceUID"),
     "same header patient": (["header_patient"], "PatientID of the headers"),
@@ -482,12 +482,15 @@ def plot_headers(
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
-# %% ../nbs/03a_audit.ipynb #5e5e4fac
+# %% ../nbs/03a_audit.ipynb #8e35575b
 def shuffle_labels(
-    table: DataFrame,  # with `patient` and `label`
+    table: DataFrame,  # with `patient`, `slice_id` and `label`
     seed: int,
-) -> DataFrame:  # the same rows; every slice carries its patient's drawn label, as many patients are positive as before
+) -> DataFrame:  # the same rows with drawn labels; as many patients are positive as before
     "Labels that only a leak can predict."
-    ill = table.groupby("patient")["label"].max().sort_index()
-    drawn = Series(np.random.default_rng(seed).permutation(ill.to_numpy(dtype=int)), ill.index)
-    return table.assign(label=table["patient"].map(drawn).to_numpy(dtype=int))
+    rng, rows = np.random.default_rng(seed), table.sort_values(["patient", "slice_id"], kind="stable")
+    share = rows.groupby("patient")["label"].mean()
+    drawn = Series(rng.permutation(share.to_numpy(dtype=float)), share.index)
+    by_patient = Series(rng.random(len(rows)), rows.index).groupby(rows["patient"])
+    positives = np.ceil(rows["patient"].map(drawn) * by_patient.transform("size") - 1e-9)
+    return table.assign(label=(by_patient.rank() <= positives).astype(int))

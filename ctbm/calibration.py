@@ -229,13 +229,14 @@ def fit(
         shift, slope = solve(target, FLATTEST * x, one)[0], FLATTEST
     return {"method": method, "slope": float(slope), "shift": float(shift)}
 
-# %% ../nbs/06a_calibration.ipynb #ab4166ea
+# %% ../nbs/06a_calibration.ipynb #ad0afd57
 def _steps(y, score):
     rising = IsotonicRegression(out_of_bounds="clip").fit(score, y)
     x, height = rising.X_thresholds_, rising.y_thresholds_
     least, most = (np.count_nonzero(rising.predict(score) == end) for end in (0, 1))
-    height = height.clip(1 / (least + 2) if least else 0, (most + 1) / (most + 2) if most else 1)
-    return {"x": x.tolist(), "y": height.tolist()}
+    between = height[(height > 0) & (height < 1)]
+    lowest, highest = min(1 / (least + 2), between.min(initial=1)), max((most + 1) / (most + 2), between.max(initial=0))
+    return {"x": x.tolist(), "y": np.select([height == 0, height == 1], [lowest, highest], height).tolist()}
 
 # %% ../nbs/06a_calibration.ipynb #ac5d05fc
 def apply(

@@ -32,7 +32,7 @@ CARD = (
         "Threshold {threshold} by {strategy}, from out-of-fold scores.")),
 )
 
-# %% ../nbs/07e_checklists.ipynb #32cff715
+# %% ../nbs/07e_checklists.ipynb #fcfe2af1
 CARD += (
     ("Evaluation data", (
         "{test}; held out by patient before anything was trained, scored once.",
@@ -41,7 +41,7 @@ CARD += (
      ("{development}, in {folds} folds by patient. Rows set aside: {aside}.", "AUTHOR: the same as for the evaluation data.")),
     ("Quantitative analyses", (
         "Slices, test: AUROC {test_roc_auc}, average precision {test_auprc}, sensitivity {test_sensitivity}, specificity "
-        "{test_specificity}, PPV {test_ppv}, NPV {test_npv}. {counts}. AUROC above the grey-level baseline: {ahead}.",
+        "{test_specificity}, PPV {test_ppv}, NPV {test_npv}. {counts}. AUROC less that of the grey-level baseline: {ahead}.",
         "Patients, test ({pooling} pooling): AUROC {patient_roc_auc}, sensitivity {patient_sensitivity}, specificity "
         "{patient_specificity}.",
         "Calibration, test: slope {slope}, intercept {intercept}, Brier {brier}, ICI {ici}. Sent to review: {review}. Subgroups and "
@@ -161,12 +161,13 @@ TRIPOD = (
     ("12f", "model updating", "Recalibration ({calibration}) fitted on out-of-fold scores.", "calibration"),
 )
 
-# %% ../nbs/07e_checklists.ipynb #12abc84e
+# %% ../nbs/07e_checklists.ipynb #3cf2ac0f
 TRIPOD += (
     ("12g", "how predictions were calculated", "`ctbm` {version} with the weights and calibration.json of the run.", "reproduce"),
     ("13", "class imbalance", "In training {balance}; recalibration: {calibration}.", "calibration"),
     ("14", "fairness", "Subgroups were examined, nothing was adjusted. AUTHOR: groups that matter here.", "groups"),
-    ("15", "output and threshold", "A probability; threshold {threshold} by {strategy}; triage bounds {miss} and {false_alarm}.",
+    ("15", "output and threshold", "A score, with a calibrated probability beside it. On the score: threshold {threshold} by {strategy}, "
+                                     "cuts of the triage with bounds {miss} and {false_alarm}.",
      "operating"),
     ("16", "training against evaluation data", "Same source, drawn at random by patient; headers compared in the table.", "data"),
     ("17", "ethics approval", "AUTHOR: committee, number, consent or waiver.", ""),

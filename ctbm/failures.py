@@ -84,7 +84,7 @@ def under_shifts(
     facts = slices[["slice_id", "patient", "label"]].rename(columns={"slice_id": "id"})
     return facts.merge(names, how="cross")[["shift", "level", *facts]].assign(score=scores)
 
-# %% ../nbs/07b_failures.ipynb #9bca6f7f
+# %% ../nbs/07b_failures.ipynb #a4b85575
 ENDS = {"": "estimate", "_low": "low", "_high": "high"}
 
 
@@ -92,7 +92,7 @@ def shift_table(
     plain: DataFrame,  # id, patient, label, score of the slices as they are
     shifted: DataFrame,  # from `under_shifts`
     threshold: float,
-) -> DataFrame:  # by shift and level: auroc, sensitivity, specificity, each with _low and _high, and moved
+) -> DataFrame:  # by shift and level: roc_auc, sensitivity, specificity, each with _low and _high, and moved
     "AUROC, sensitivity and specificity under every shift."
     before = plain.set_index("id").score
     groups = [(("none", 0.0), plain), *shifted.groupby(["shift", "level"], sort=False)]

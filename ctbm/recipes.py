@@ -164,14 +164,14 @@ def locate(
     key, _, stage = name.rpartition("_")
     return Stage, key, stages[stage]
 
-# %% ../nbs/04b_recipes.ipynb #421a3e20
+# %% ../nbs/04b_recipes.ipynb #97822753
 LIMITS = {
     "test_size": (0.01, 0.9), "holdout_frac": (0.01, 0.9), "label_smoothing": (0, 1), "dropout_p": (0, 0.99), "k_folds": (2, 100),
     "batch_size": (1, 65536), "seed": (0, 2**32 - 1), "clip_norm": (1e-9, inf),
     "flip_p": (0, 1), "blur_p": (0, 1), "erase_p": (0, 1), "rotate_deg": (0, 180), "translate": (0, 1), "zoom": (0.1, 10),
     "blur_sigma": (0, 10), "erase_area": (0, 1), "erase_ratio": (0.01, 100),
     "sens_target": (0, 1), "spec_target": (0, 1), "fbeta": (0.01, 100), "cost_ratio": (1e-6, 1e6), "prevalence": (1e-6, 1 - 1e-6),
-    "miss_level": (0, 1), "false_alarm_level": (0, 1),
+    "miss_level": (0, 1 - 1e-6), "false_alarm_level": (0, 1 - 1e-6),
 }
 STAGE_LIMITS = dict.fromkeys(("lr_", "weight_decay_", "patience_", "epochs_", "trainable_"), (0, inf))
 

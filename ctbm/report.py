@@ -8,14 +8,14 @@ __all__ = ['FILES', 'MAYBE', 'TOLD', 'TEXTS', 'LADDER', 'FEW', 'BROAD', 'DROP', 
            'CLAIM_SOURCE', 'TRIPOD_SOURCE', 'load', 'evidence', 'flow', 'sizes', 'joined', 'columns', 'characteristics',
            'plain', 'scored', 'operated', 'calibrated', 'patients', 'operating_point', 'numbers', 'shifted', 'grouped',
            'limitations', 'more_limitations', 'outside', 'shift_names', 'on_grid', 'plot_curve', 'plot_flow',
-           'plot_shift', 'plot_history', 'figures_table', 'summary', 'verdicts', 'canary', 'data', 'leaks', 'training',
-           'stage_text', 'weights_text', 'trains', 'discrimination', 'tradeoff', 'operating', 'calibrating', 'deciding',
-           'triage_blocks', 'pooling', 'groups', 'few', 'group_rows', 'shift_rows', 'errors', 'limits', 'command',
-           'reproducing', 'found_in_files', 'facts', 'facts_of_data', 'facts_of_result', 'training_text', 'arranged',
-           'sections', 'write', 'listed', 'paired', 'pairs_table', 'comparison', 'what_differs', 'plot_both',
-           'plot_pairs', 'compare']
+           'plot_shift', 'plot_history', 'figures_table', 'summary', 'verdicts', 'transfer', 'headers_text', 'canary',
+           'data', 'leaks', 'training', 'stage_text', 'weights_text', 'trains', 'discrimination', 'tradeoff',
+           'operating', 'calibrating', 'deciding', 'triage_blocks', 'pooling', 'groups', 'few', 'group_rows',
+           'shift_rows', 'errors', 'limits', 'command', 'reproducing', 'found_in_files', 'facts', 'facts_of_data',
+           'facts_of_result', 'training_text', 'arranged', 'sections', 'write', 'listed', 'paired', 'pairs_table',
+           'comparison', 'what_differs', 'plot_both', 'plot_pairs', 'compare']
 
-# %% ../nbs/07a_report.ipynb #039f98c1
+# %% ../nbs/07a_report.ipynb #d486eddb
 import hashlib
 import json
 import shlex
@@ -34,12 +34,12 @@ from .page import BLUE, GREEN, RED, SIDE, WIDE, Figure, Section, Table, Text, in
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# %% ../nbs/07a_report.ipynb #764b77fa
+# %% ../nbs/07a_report.ipynb #43398d8c
 FILES = {  # what every finished run holds
     "manifest": "manifest.json", "config": "effective_config.json", "asked": "run_args.json", "model": "model.json",
          "checks": "features_checks_summary.json",
     "everything": "features_df.parquet", "split": "features_df_split.parquet", "findings": "findings.csv", "history": "history.csv",
-    "oof": "oof_predictions.csv", "summary": "cv_thresholds_summary.csv", "chosen": "threshold_selection.json",
+    "oof": "oof_predictions.csv", "chosen": "threshold_selection.json",
          "test": "test_predictions.csv",
     "metrics": "test_metrics.json", "calibration": "calibration.json", "triage": "triage.json", "audit": "audit.json",
          "links": "audit_links.csv"}
@@ -58,7 +58,7 @@ def load(
     if path.suffix == ".json": return runs.read_json(path)
     if path.suffix == ".png": return path.read_bytes()
     if path.suffix == ".parquet": return pd.read_parquet(path)
-    try: return pd.read_csv(path, dtype=TEXTS)
+    try: return pd.read_csv(path, dtype=TEXTS, keep_default_na=False, na_values=[""])
     except pd.errors.EmptyDataError: return DataFrame()
 
 # %% ../nbs/07a_report.ipynb #2d5af137
@@ -81,7 +81,7 @@ def evidence(
     found["headers"] = found["split"].rename(columns={"slice_id": "id"}).drop_duplicates("id")[["id", *TOLD]].astype({"id": str})
     return SimpleNamespace(folder=folder, **found)
 
-# %% ../nbs/07a_report.ipynb #5122af09
+# %% ../nbs/07a_report.ipynb #cf8f459f
 def flow(
     e: SimpleNamespace,  # from `evidence`
 ) -> dict[str, Any]:
@@ -92,7 +92,9 @@ def flow(
     problem = e.everything.problem.astype(object)
     aside = problem.where(problem.notna() | e.everything.label.notna(), "no label").dropna().astype(str)
     reasons = aside.str.split(":").str[0].value_counts()
-    return {**{k: e.checks[k] for k in ("files", "images", "usable", "patients")}, "sides": table.loc[order],
+    names = e.split["labelled_patient" if "labelled_patient" in e.split else "patient"]
+    counted = {k: e.checks[k] for k in ("files", "images", "usable")}
+    return {**counted, "patients": e.split.patient.nunique(), "names": names.nunique(), "sides": table.loc[order],
             "aside": {k: int(v) for k, v in reasons.items()},
             "development": sizes(e.split[e.split.fold >= 0]), "test": sizes(e.split[e.split.fold < 0]), "all": sizes(e.split)}
 
@@ -144,7 +146,7 @@ def characteristics(
 
 def plain(value: Any) -> str: return f"{value:g}".replace("-", "−") if isinstance(value, float) else str(value)
 
-# %% ../nbs/07a_report.ipynb #4548f33e
+# %% ../nbs/07a_report.ipynb #936758db
 def scored(
     e: SimpleNamespace,
 ) -> dict[str, Any]:
@@ -162,23 +164,17 @@ def operated(
     prevalence: float | None,  # where the model is to be used
 ) -> dict[str, Any]:
     "The operating point, and what it means at one prevalence or another."
-    y, p, patient = evaluate.checked(e.test.label, e.test.score, e.test.patient)
-    own, called, cost = float(y.mean()), p >= e.chosen["threshold"], 1 / (1 + e.chosen["cost_ratio"])
-
-    def elsewhere(weights, value):
-        found = evaluate.at_threshold(y, called, weights)
-        each = [decision.at_prevalence(sens, spec, value, cost) for sens,
-                spec in zip(found["sensitivity"], found["specificity"], strict=True)]
-        return {k: np.array([row[k] for row in each]) for k in each[0]}
+    figures = evaluate.score(e.test.label, e.test.score, e.chosen["threshold"], e.test.patient, resamples=2)
+    own, cost = float(e.test.label.mean()), 1 / (1 + e.chosen["cost_ratio"])
     values = sorted({own, *LADDER} | ({prevalence} if prevalence else set()))
-    rows = {value: evaluate.bootstrap(lambda weights, value=value: elsewhere(weights, value), patient) for value in values}
+    rows = {value: decision.with_intervals(figures["sensitivity"], figures["specificity"], value, cost) for value in values}
     return {**{k: e.chosen[k] for k in ("strategy", "fallback", "threshold", "low", "high", "by_fold", "remarks", "cost_ratio")},
             "cohort_prevalence": own, "prevalence": prevalence, "at_prevalence": rows}
 
 
 LADDER = (0.02, 0.05, 0.1, 0.2)  # prevalences that are shown beside the cohort's and the user's
 
-# %% ../nbs/07a_report.ipynb #d225c80d
+# %% ../nbs/07a_report.ipynb #805ccbe6
 def calibrated(
     e: SimpleNamespace,
 ) -> dict[str, Any]:
@@ -208,9 +204,10 @@ def operating_point(
     e: SimpleNamespace,
     oof: DataFrame,  # fold, label, score of the patients
 ) -> dict[str, Any]:  # as `thresholds.select`
-    "The run's rule applied to patients."
+    "The run's rule applied to patients, at their own prevalence."
     names = thresholds.Rule.__dataclass_fields__
-    rule = thresholds.Rule(**{k: v for k, v in ({"threshold_strategy": e.chosen["strategy"]} | e.chosen).items() if k in names})
+    given = {"threshold_strategy": e.chosen["strategy"]} | e.chosen | {"prevalence": None}  # which was that of slices
+    rule = thresholds.Rule(**{k: v for k, v in given.items() if k in names})
     cuts = thresholds.candidates(oof.score, rule.threshold_candidates)
     return thresholds.select(thresholds.summary(thresholds.table(oof, thresholds=cuts, beta=rule.fbeta)), rule)
 
@@ -285,7 +282,7 @@ def limitations(
     ]
     return [text for true, text in rules if true] + more_limitations(e, n)
 
-# %% ../nbs/07a_report.ipynb #38b1dd0c
+# %% ../nbs/07a_report.ipynb #bb854b9d
 def more_limitations(e: SimpleNamespace, n: dict[str, Any]) -> list[str]:
     "The same for training, decision and shifts."
     slope, levels = (n["calibration"]["test"][e.calibration["method"]][k] for k in ("slope", "intercept"))
@@ -294,6 +291,8 @@ def more_limitations(e: SimpleNamespace, n: dict[str, Any]) -> list[str]:
     rules = [
         (e.config.get("selection") == "published",
          "The epoch was chosen on the fold that was then scored: out-of-fold figures are too good."),
+        (e.config.get("candidate"),
+         "The out-of-fold figures are those of the best of several candidates, chosen on the same folds: a little too good."),
         (e.manifest["weights"]["used"] == "random", "The network started from random numbers, not from pretrained weights."),
         (outside(slope, 1) or outside(levels, 0),
          f"On the test set the stored calibration is off: slope {interval(slope, 2)}, intercept {interval(levels, 2)}."),
@@ -354,7 +353,7 @@ def plot_curve(
     ax.set(xlim=(0, 1), ylim=(0, 1.01), aspect="equal", xlabel=names[0], ylabel=names[1])
     ax.legend(loc="lower right" if kind == "roc" else "best")
 
-# %% ../nbs/07a_report.ipynb #8614a430
+# %% ../nbs/07a_report.ipynb #29b7a5b7
 def plot_flow(
     ax: "Axes",
     counted: dict[str, Any],  # from `flow`
@@ -362,7 +361,8 @@ def plot_flow(
     "Boxes from files to the two sides of the split."
     words = "{}\n{patients:,} patients ({positive patients:,} positive)\n{slices:,} slices ({positive slices:,} positive)"
     texts = {"files": (0.09, 0.55, "{files:,} files\n{images:,} images".format(**counted)),
-             "usable": (0.44, 0.55, "{usable:,} usable slices\nof {patients:,} patients".format(**counted)),
+             "usable": (0.44, 0.55, "{usable:,} usable slices\nof {patients:,} patients".format(**counted)
+                        + f"\n({counted['names']:,} before joining)" * (counted["names"] != counted["patients"])),
              "development": (0.84, 0.82, words.format("development", **counted["development"])),
              "test": (0.84, 0.24, words.format("test", **counted["test"]))}
     style = dict(boxstyle="round,pad=0.6", fc="white", ec="0.3", lw=0.8)
@@ -378,7 +378,7 @@ def plot_flow(
     ax.set(xlim=(0, 1), ylim=(0, 1))
     ax.set_axis_off()
 
-# %% ../nbs/07a_report.ipynb #6ee90ab7
+# %% ../nbs/07a_report.ipynb #4568024f
 def plot_shift(
     ax: "Axes",
     rows: DataFrame,  # one kind of shift and the row "none", from `failures.shift_table`
@@ -409,7 +409,7 @@ def plot_history(
             ax.plot(last + best.epoch, best.val_auprc, "o", color="black" if final else BLUE, ms=4)
         if last: ax.axvline(last + 0.5, color="0.7", lw=0.8)
         last += int(part.epoch.max())
-    ax.set(xlabel="epoch", ylabel="average precision of the choosers", ylim=(0, 1.02), xlim=(0.5, max(last, 1) + 0.5))
+    ax.set(xlabel="epoch", ylabel="average precision", ylim=(0, 1.02), xlim=(0.5, max(last, 1) + 0.5))
 
 # %% ../nbs/07a_report.ipynb #d35ac829
 FIGURES = {"roc_auc": "AUROC", "auprc": "average precision", "sensitivity": "sensitivity", "specificity": "specificity", "ppv": "PPV",
@@ -443,7 +443,7 @@ def summary(e: SimpleNamespace, n: dict[str, Any]) -> Section:
             "sampled. Grey levels: a baseline that sees no shapes.")
     return Section("Summary", "summary", ((loud,) * n["random_labels"] + (Text(what), Table(table, note), *verdicts(e, n))))
 
-# %% ../nbs/07a_report.ipynb #b4076655
+# %% ../nbs/07a_report.ipynb #e86d59f8
 def verdicts(
     e: SimpleNamespace,
     n: dict[str, Any],
@@ -451,7 +451,7 @@ def verdicts(
     "One line on each thing that could make the figures worthless."
     better = n["slices"]["against_baseline"].loc["roc_auc"]
     gain = interval({"estimate": better.difference, "low": better.low, "high": better.high})
-    ahead = f"the network's AUROC is above that of grey levels alone by {gain}" + ("" if better.low > 0 else ", not clearly more")
+    ahead = f"the network's AUROC less that of grey levels alone is {gain}" + (": more" if better.low > 0 else ", not clearly more")
     suspects = [row["header"] for row in n["audit"]["headers"] if row["suspect"]]
     partly = ", but near-identical pictures were not looked for" if audit.NOT_COMPARED in n["audit"]["kinds"] else ""
     slope, level = (n["calibration"]["test"][e.calibration["method"]][k] for k in ("slope", "intercept"))
@@ -463,10 +463,28 @@ def verdicts(
         if n["audit"]["leaks"] else
         Text(f"Leaks: no two slices that belong together lie on both sides of the split{partly}.", "look" if partly else "good"),
         Text(f"Headers: the label can be predicted from {', '.join(suspects)} without looking at the image.", "bad")
-        if suspects else Text("Headers: none predicts the label beyond chance.", "good"),
+        if suspects else headers_text(n["audit"]["headers"]),
         Text(f"Baseline: {ahead}.", "good" if better.low > 0 else "look"),
-        Text(f"Calibration on the test set: {judged}; {said}.", "look" if off or vague else "good")]
+        Text(f"Calibration on the test set: {judged}; {said}.", "look" if off or vague else "good"),
+        transfer(n)]
     return [*found, canary(n)]
+
+
+def transfer(n: dict[str, Any]) -> Text:
+    "Whether the operating point does in the test set what it did out of fold."
+    figures, remarks = n["slices"]["figures"], n["operating"]["remarks"]
+    moved = [f"{name} {interval(figures['test'][name])} in the test set, {number(figures['out-of-fold'][name]['estimate'])} out of fold"
+             for name in ("sensitivity", "specificity") if outside(figures["test"][name], figures["out-of-fold"][name]["estimate"])]
+    said = [*(["it did not carry over to the final model: " + "; ".join(moved)] if moved else []), *remarks]
+    if said: return Text(f"Operating point: {'; '.join(said)}.", "look")
+    return Text("Operating point: sensitivity and specificity of the test set agree with those out of fold.", "good")
+
+
+def headers_text(headers: list[dict]) -> Text:
+    "What the probe of headers says where none is suspect."
+    if all(row["low"] is None for row in headers):
+        return Text("Headers: none differs from slice to slice, or all are absent; nothing could be probed.", "look")
+    return Text("Headers: none predicts the label beyond chance.", "good")
 
 
 def canary(n: dict[str, Any]) -> Text:
@@ -475,13 +493,15 @@ def canary(n: dict[str, Any]) -> Text:
         return Text("Canary: not in this run; `ctbm train --random-labels` repeats it with shuffled labels.", "note")
     areas = {side: figures["roc_auc"] for side, figures in n["slices"]["figures"].items()}
     told, leak = ", ".join(f"{side} {interval(area)}" for side, area in areas.items()), any(area["low"] > 0.5 for area in areas.values())
-    return Text(f"Canary: with shuffled labels the AUROC is {told}: {'ABOVE CHANCE, SOMETHING LEAKS' if leak else 'chance, no leak'}.",
-                "bad" if leak else "good")
+    verdict = ("above chance. Noise does that in one run of twenty; if another seed does it too, something leaks" if leak
+               else "no leak seen")
+    return Text(f"Canary: with shuffled labels the AUROC is {told}: {verdict}.", "bad" if leak else "good")
+
 
 
 VAGUE = 1.0  # width of an interval of the calibration slope that leaves good and poor calibration apart
 
-# %% ../nbs/07a_report.ipynb #21a96f9a
+# %% ../nbs/07a_report.ipynb #4e0211ba
 def data(e: SimpleNamespace, n: dict[str, Any]) -> Section:
     "Who is in the data, who is not, and on which side."
     f = n["flow"]
@@ -513,7 +533,7 @@ def leaks(e: SimpleNamespace, n: dict[str, Any]) -> Section:
         shown = links[["kind", "patient_a", "patient_b", "pairs", "what"]].head(20).astype({"pairs": int}).astype(str).set_index("kind")
         blocks.append(Table(shown, f"The first {len(shown)} of {len(links):,} pairs of patients; all are in audit_links.csv."))
     probe = DataFrame(a["headers"])
-    probe = probe.astype({k: float for k in ("auroc", "low", "high", "chance") if k in probe})
+    probe = probe.astype({k: float for k in ("auroc", "low", "high") if k in probe})
     if len(probe):
         blocks.append(Figure((svg(lambda ax: audit.plot_headers(probe, ax=ax), WIDE, 1 + 0.27 * len(probe)),),
                              "Can the label be predicted from a header alone? Out-of-fold AUROC of a small classifier with its 95 % "
@@ -572,7 +592,7 @@ def trains(stages: int | list[str] | None) -> str:
     if stages is None: return "all layers"
     return {0: "the classifier only"}.get(stages, f"the last {stages} stages") if isinstance(stages, int) else ", ".join(stages)
 
-# %% ../nbs/07a_report.ipynb #a7630695
+# %% ../nbs/07a_report.ipynb #04357e27
 def discrimination(e: SimpleNamespace, n: dict[str, Any]) -> Section:
     "How well the scores rank."
     at, flows = n["operating"]["threshold"], n["flow"]
@@ -586,7 +606,7 @@ def discrimination(e: SimpleNamespace, n: dict[str, Any]) -> Section:
     return Section("Discrimination", "discrimination", (
         Table(figures_table(columns), f"Slices, threshold {number(at, 2)}, 95 % intervals. Out-of-fold figures that need a threshold are "
                                       f"a little "
-              "too good, because it was chosen on them. The baseline is a logistic regression on a histogram of grey levels."),
+              "too good, because it was chosen on them. The baseline is gradient boosting on a histogram of grey levels."),
         Table(DataFrame({"called positive": [str(counts["tp"]), str(counts["fp"])],
                          "called negative": [str(counts["fn"]), str(counts["tn"])]},
                         index=pd.Index(["positive", "negative"], name="test slices")), "Counts at the threshold."),
@@ -594,7 +614,7 @@ def discrimination(e: SimpleNamespace, n: dict[str, Any]) -> Section:
         Figure(curves[1], f"Precision-recall curves with 95 % bands. {note} Dots mark the prevalence, which is what chance reaches.",
                "precision-recall curves")))
 
-# %% ../nbs/07a_report.ipynb #e234cded
+# %% ../nbs/07a_report.ipynb #44b31a9d
 def tradeoff(ax: "Axes", table: DataFrame, threshold: float) -> None:
     "The trade-off with its legend above."
     thresholds.plot_tradeoff(table, threshold, ax=ax)
@@ -607,17 +627,20 @@ def operating(e: SimpleNamespace, n: dict[str, Any]) -> Section:
     folds = ", ".join(f"{number(v, 2)}" for v in (o["by_fold"] or {}).values())
     text = (f"Strategy {o['strategy']}{' (fallback)' * bool(o['fallback'])}: threshold "
             f"{interval({'estimate': o['threshold'], 'low': o['low'], 'high': o['high']}, 2)}, chosen from out-of-fold scores. "
-            f"The interval comes from choosing again on resampled patients. Folds on their own would have chosen {folds}.")
+            f"The interval comes from choosing again on resampled patients. Folds on their own would have chosen {folds}. "
+            "It applies to the network's score, not to the calibrated probability.")
+    cuts = thresholds.candidates(e.oof.score, e.chosen["threshold_candidates"])
+    curve = thresholds.summary(thresholds.table(e.oof, thresholds=cuts, beta=e.chosen["fbeta"]))
     rows = {}
     for value, r in o["at_prevalence"].items():
         who = " (test set)" * (value == o["cohort_prevalence"]) + " (stated use)" * (value == o["prevalence"])
         rows[f"{100 * value:.3g} %{who}"] = {"PPV": interval(r["ppv"]), "NPV": interval(r["npv"]),
                                              "net benefit": interval(r["net_benefit"])} | {
-            f"{name} of 1,000": number(r[k]["estimate"], 0) for k, name in THOUSAND.items()}
+            f"{name} of 1,000": interval(r[k], 0) for k, name in THOUSAND.items()}
     table = DataFrame.from_dict(rows, orient="index").rename_axis("prevalence")
     return Section("Operating point", "operating", (
         Text(text, "look" if o["fallback"] else ""), *(Text(t, "look") for t in o["remarks"] or []),
-        Figure((svg(lambda ax: tradeoff(ax, e.summary, o["threshold"]), WIDE, 3.2),),
+        Figure((svg(lambda ax: tradeoff(ax, curve, o["threshold"]), WIDE, 3.2),),
                f"Sensitivity, specificity, PPV and F1 against the threshold, out-of-fold (n = {len(e.oof):,} slices): mean and one "
                f"standard "
                "deviation over folds.", "trade-off"),
@@ -784,7 +807,7 @@ def limits(e: SimpleNamespace, n: dict[str, Any]) -> Section:
         "These are rules over the numbers of this run. What a run cannot know, the author must add: how patients were chosen, how "
         "lesions were confirmed, who read the scans.", "note")))
 
-# %% ../nbs/07a_report.ipynb #e94fefd0
+# %% ../nbs/07a_report.ipynb #7981770c
 PATHS = ("data_root", "config_json", "attributes")  # options that name a place on somebody's machine
 LEFT_OUT = ("outputs", "packs", "resume", "num_workers")  # options that change nothing in the result
 FLAGS = ("run_grid", "published", "random_labels")  # options without a value
@@ -797,7 +820,7 @@ def command(
     place = lambda k, v: k in PATHS or k == "weights" and v not in ("auto", "imagenet", "none")
     text = lambda k, v: k.upper() if place(k, v) else v if isinstance(v, str) else json.dumps(v)
     words = [f"--{k.replace('_', '-')}" + f" {shlex.quote(text(k, v))}" * (k not in FLAGS) for k, v in e.asked.items()
-             if v is not None and k not in LEFT_OUT and (v or k not in FLAGS)]
+             if (v is not None or k in e.config) and k not in LEFT_OUT and (v or k not in FLAGS)]
     return " ".join(["ctbm train", *words])
 
 
@@ -914,7 +937,7 @@ def sections(
     n = numbers(e, prevalence)
     return arranged(e, n, facts(e, n))
 
-# %% ../nbs/07a_report.ipynb #5d6b7a16
+# %% ../nbs/07a_report.ipynb #1b7086e9
 def write(
     run: str | Path,  # a finished run folder; the report is written into it
     prevalence: float | None = None,  # share of positives where the model is to be used; None: what the run was told
@@ -924,7 +947,8 @@ def write(
     n = numbers(e, prevalence)
     said = facts(e, n)
     html = page(f"Report of {n['run']}", f"Made by ctbm {n['version']} on {n['created'][:10]} from the run folder alone. A research "
-                                         f"result, not a medical device.", arranged(e, n, said))
+                                         f"result, not a medical device. Patients and slices have the names that the data gave them.",
+                arranged(e, n, said))
     put = lambda name, text: runs.whole(e.folder / name, lambda p: p.write_text(text, encoding="utf8"))
     runs.write_json(e.folder / "report.json", listed(n))
     put("model_card.md", card_markdown(model_card(said), n["random_labels"]))
@@ -940,7 +964,7 @@ def listed(value: Any) -> Any:
         return (value.reset_index() if named else value).to_dict("records")
     return {k: listed(v) for k, v in value.items()} if isinstance(value, dict) else value
 
-# %% ../nbs/07a_report.ipynb #9e5bb741
+# %% ../nbs/07a_report.ipynb #28bf9d0b
 def paired(
     a: SimpleNamespace,  # from `evidence`
     b: SimpleNamespace,
@@ -952,7 +976,7 @@ def paired(
     if alone or any(unlike.values()):
         raise ValueError(f"the test sets of {a.folder.name} and {b.folder.name} differ: {alone} slices are in one only, "
                          f"{unlike['label']} labels and {unlike['patient']} patients differ. "
-                         "Train both with the same data, seed and test_size")
+                         "Train both with the same data, labels, seed and test_size, neither with random labels")
     kept = both.rename(columns={"label_a": "label", "patient_a": "patient"}).astype({"label": int})
     return kept[["id", "patient", "label", "score_a", "score_b"]]
 
@@ -1025,7 +1049,7 @@ def plot_pairs(ax: "Axes", rows: DataFrame, cuts: list[float]) -> None:
     ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="score of A", ylabel="score of B")
     ax.legend(loc="upper left")
 
-# %% ../nbs/07a_report.ipynb #2be455d1
+# %% ../nbs/07a_report.ipynb #08d89564
 def compare(
     run_a: str | Path,  # a finished run folder
     run_b: str | Path,  # another one, with the same test set
@@ -1037,6 +1061,7 @@ def compare(
     loud = [Section("Control run", "control",
                     (Text("At least one of these runs has shuffled labels. Do not use its figures.", "loud"),
                      ))] if a.audit["random_labels"] or b.audit["random_labels"] else []
+    out.parent.mkdir(parents=True, exist_ok=True)
     html = page(f"{a.folder.name} and {b.folder.name}", "Two models on the same test slices; made from the two run folders alone.",
                 loud + comparison(a, b))
     return runs.whole(out, lambda p: p.write_text(html, encoding="utf8"))

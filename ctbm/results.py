@@ -45,13 +45,13 @@ def cv_metrics(
             "baseline": evaluate.score(oof.label, oof.baseline, groups=oof.patient), "config": recipes.flat(recipe),
             "batch_size": recipe.batch_size, "k_folds": recipe.k_folds, "seed": recipe.seed}
 
-# %% ../nbs/07c_results.ipynb #6bb26676
+# %% ../nbs/07c_results.ipynb #2777cf44
 def write_operating_point(
     run: Path,
     oof: DataFrame,  # slice_id, patient, fold, label, score
     train_auc: dict[int, float],  # fold to AUROC on its own training slices
     recipe: Recipe,
-) -> float:  # the threshold
+) -> None:
     "Threshold tables, curves over folds, and the operating point."
     rule, tables = recipe.rule, {}
     for how in {"grid", recipe.rule.threshold_candidates}:
@@ -66,7 +66,6 @@ def write_operating_point(
     save_figure(run / "cv_mean_roc.png", thresholds.plot_roc(oof, threshold=chosen["threshold"]).set_title("out-of-fold"))
     save_figure(run / "cv_mean_pr.png", thresholds.plot_pr(oof, threshold=chosen["threshold"]).set_title("out-of-fold"))
     save_figure(run / "cv_thresholds.png", thresholds.plot_tradeoff(over_folds["grid"], chosen["threshold"]))
-    return chosen["threshold"]
 
 # %% ../nbs/07c_results.ipynb #436a6b11
 def write_calibration(

@@ -138,7 +138,7 @@ def git_commit() -> str | None:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     return subprocess.run(command, cwd=here, capture_output=True, text=True).stdout.strip() or None
 
-# %% ../nbs/04c_runs.ipynb #c7c02a98
+# %% ../nbs/04c_runs.ipynb #c813834f
 def describe(
     run: Path,  # a finished run
 ) -> str:
@@ -149,7 +149,7 @@ def describe(
     test, cv, chosen = (read_json(run / f"{name}.json") for name in ("test_metrics", "cv_metrics", "threshold_selection"))
     made, how = read_json(run / "effective_config.json"), chosen["strategy"] + ", fallback" * chosen["fallback"]
     canary = (run / "audit.json").is_file() and read_json(run / "audit.json")["random_labels"]
-    lines = ["RANDOM LABELS: a canary; an interval of roc_auc without 0.5 in it means a leak"] if canary else []
+    lines = ["RANDOM LABELS: a canary; figures above chance, with one seed after another, mean a leak"] if canary else []
     lines += [f"run       {run}", f"recipe    {made['recipe']}, {made['backbone']}, scale {made['scale']}, seed {made['seed']}",
               f"threshold {chosen['threshold']:.2f} ({how}), from out-of-fold scores"]
     lines += [f"          {remark}" for remark in chosen.get("remarks", [])]

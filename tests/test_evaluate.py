@@ -5,6 +5,7 @@ import time
 import tracemalloc
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -215,3 +216,4 @@ def test_plot_of_groups_without_a_figure(figure):
     ax = evaluate.plot_groups(evaluate.by_group(scores, ["site"], 0.5, resamples=50), figure, whole=0.8)
     written = [text.get_text() for text in ax.texts]
     assert ("not defined" in written) == (figure != "specificity")
+    plt.close(ax.figure)
