@@ -189,6 +189,14 @@ def test_pooling_refuses():
     assert [*pooled] == ["patient", "label", "score", "slices", "fold"] and pooled.score.tolist() == [1.2, 0.1]
 
 
+def test_a_value_named_like_a_gap():
+    "A column that says `absent`, or even `not given`, is no error."
+    scores = DataFrame({"patient": range(8), "label": [0, 1] * 4, "score": np.linspace(0, 1, 8),
+                        "oedema": ["present", "absent", None, "not given"] * 2})
+    groups = evaluate.by_group(scores, ["oedema"], 0.5, resamples=50)
+    assert groups.loc["oedema"].slices.to_dict() == {"absent": 2, "present": 2, "not given": 4}
+
+
 def test_groups_of_every_type():
     rng = np.random.default_rng(0)
     label, p, patient = cohort(rng)
@@ -199,9 +207,9 @@ def test_groups_of_every_type():
                          "size": np.where(label & (patient % 2 == 0), patient / 10, np.nan)})
     table = evaluate.by_group(scores, columns, 0.5, resamples=200)
     for column in set(columns) - {"size"}: assert table.loc[column].slices.sum() == len(scores), column
-    assert [*table.loc["text"].index] == ["a", "absent"] and [*table.loc["flag"].index] == ["False", "True"] and len(table.loc["many"]) == 4
+    assert [*table.loc["text"].index] == ["a", "not given"] and [*table.loc["flag"].index] == ["False", "True"] and len(table.loc["many"]) == 4
     size = table.loc["size"]
-    assert size.positive.sum() == label.sum() and (size.negative == (~label).sum()).all() and size.loc["absent"].slices > 0
+    assert size.positive.sum() == label.sum() and (size.negative == (~label).sum()).all() and size.loc["not given"].slices > 0
     assert size.remark.str.contains("all").all()
     first = (columns.text == "a").to_numpy()
     assert np.isclose(table.loc[("text", "a"), "roc_auc"], roc_auc_score(label[first], p[first]))
