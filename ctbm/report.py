@@ -614,7 +614,7 @@ def discrimination(e: SimpleNamespace, n: dict[str, Any]) -> Section:
         Figure(curves[1], f"Precision-recall curves with 95 % bands. {note} Dots mark the prevalence, which is what chance reaches.",
                "precision-recall curves")))
 
-# %% ../nbs/07a_report.ipynb #44b31a9d
+# %% ../nbs/07a_report.ipynb #dc2dda29
 def tradeoff(ax: "Axes", table: DataFrame, threshold: float) -> None:
     "The trade-off with its legend above."
     thresholds.plot_tradeoff(table, threshold, ax=ax)
@@ -649,7 +649,7 @@ def operating(e: SimpleNamespace, n: dict[str, Any]) -> Section:
               "Sensitivity and specificity are taken as the same everywhere, which another mix of patients may break.")))
 
 
-THOUSAND = {"true_positives": "found", "false_negatives": "missed", "false_positives": "false alarms", "true_negatives": "cleared"}
+THOUSAND = {"true_positives": "found", "false_negatives": "missed", "false_positives": "false alarms"}
 
 # %% ../nbs/07a_report.ipynb #3684f557
 MEASURES = {"mean_predicted": "mean predicted", "intercept": "intercept (0)", "slope": "slope (1)", "brier": "Brier", "ici": "ICI (0)"}
