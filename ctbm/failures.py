@@ -6,7 +6,7 @@
 __all__ = ['AIR_HU', 'SHIFTS', 'CHUNK', 'ENDS', 'Shift', 'turned', 'variants', 'under_shifts', 'shift_table', 'worst',
            'errors_figure']
 
-# %% ../nbs/07b_failures.ipynb #447eb12d
+# %% ../nbs/07b_failures.ipynb #897a8471
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from pandas import DataFrame
 
 from . import viewer
 from .evaluate import score
-from .pack import pixels
+from .pack import pixels, spacing_mm
 from .preprocess import WINDOWS, Preprocess, read_hu
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def worst(
              "false alarm": scores[(scores.label == 0) & called].sort_values(["score", "id"], ascending=[False, True])}
     return pd.concat([part.drop_duplicates("patient").head(n).assign(kind=kind) for kind, part in kinds.items()], ignore_index=True)
 
-# %% ../nbs/07b_failures.ipynb #8e7238ee
+# %% ../nbs/07b_failures.ipynb #079623f2
 def errors_figure(
     errors: DataFrame,  # from `worst`, with path, frame, row_mm and col_mm
     preprocess: Preprocess,
@@ -131,8 +131,7 @@ def errors_figure(
         for ax in axes.ravel(): ax.set_axis_off()
         for line, row in zip(axes, found, strict=False):
             hu = read_hu(row.path, row.frame)
-            spacing_mm = (row.row_mm, row.col_mm) if row.row_mm > 0 and row.col_mm > 0 else None
-            viewer.show(hu, level, width, line[0], spacing_mm=spacing_mm)
+            viewer.show(hu, level, width, line[0], spacing_mm=spacing_mm(row))
             line[0].set_title(f"{row.id}\nscore {row.score:.2f}", color="white", fontsize=9)
             for ax, plane, (at, wide) in zip(line[1:], pixels(hu, row, preprocess), preprocess.windows, strict=True):
                 ax.imshow(plane, cmap="gray", vmin=0, vmax=255)

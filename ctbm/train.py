@@ -396,7 +396,7 @@ def sizes(
     size = lambda part: {"slices": len(part), "patients": part.patient.nunique(), "positive": int(part.label.sum())}
     return {name: size(part) for name, part in sides.items()}
 
-# %% ../nbs/05_train.ipynb #9d115960
+# %% ../nbs/05_train.ipynb #41639109
 def read_attributes(
     job: Job,
     root: Path,  # the data folder
@@ -437,9 +437,9 @@ def checked_attributes(
     key = next((name for name in ("ID", "PatientID") if name in table), None)
     if key is None or len(table.columns) < 2:
         raise ValueError(f"{path} needs a column ID or PatientID and at least one more; it has {', '.join(table)}")
+    table[key] = table[key].str.strip().str.replace(r"(?i)\.dcm$", "", regex=True) if key == "ID" else table[key].str.strip()
     if (again := table[key][table[key].duplicated()]).any():
         raise ValueError(f"{path}: {key} {again.iloc[0]!r} stands there more than once; give each a single row")
-    table[key] = table[key].str.strip().str.replace(r"(?i)\.dcm$", "", regex=True) if key == "ID" else table[key].str.strip()
     return table.drop(columns="PatientID", errors="ignore") if key == "ID" else table, key
 
 # %% ../nbs/05_train.ipynb #a3332430
