@@ -15,10 +15,11 @@ train: $(READY)
 	$(BIN)/papermill nbs/05_train.ipynb outputs/05_train.ipynb -p backbone resnet18 --log-output --no-progress-bar
 	@$(BIN)/ctbm show
 
-# The notebooks' own laws, then what crosses them. 05_train is the job itself: tests/test_train.py runs it through papermill.
+# The notebooks' own laws, then what crosses them. 05_train is the job itself, 20_compare does it several times: the tests run them
+# through papermill, with small settings.
 test: $(READY)
 	$(BIN)/ruff check
-	$(BIN)/nbdev_test --skip_file_re '^05_train' --n_workers 2
+	$(BIN)/nbdev_test --skip_file_re '^(05_train|20_compare)' --n_workers 2
 	$(BIN)/python -m pytest
 
 lab: $(READY)

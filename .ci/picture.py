@@ -31,28 +31,29 @@ def picture(run: Path) -> plt.Figure:
     box = preprocess.crop_box(hu, spec.crop, spec.margin_px)
     ax.add_patch(plt.Rectangle((box.left, box.top), box.right - box.left, box.bottom - box.top, fill=False, ec="#E69F00", lw=1.5))
     ax.axis("off")
-    for i, (image, (level, width)) in enumerate(zip(spec(hu), spec.windows, strict=True)):
+    for i, (image, (level, width)) in enumerate(zip(spec(hu, (row.row_mm, row.col_mm)), spec.windows, strict=True)):
         ax = figure.add_subplot(grid[i, 1])
         ax.imshow(image, cmap="gray", vmin=0, vmax=1)
         ax.set_title(f"{level - width / 2:g} to {level + width / 2:g} HU", fontsize=8, pad=2)
         ax.axis("off")
-    draw_folds(panel(figure, grid[:, 2], "patients, each on one side (orange: positive)"), split)
-    ax = panel(figure, grid[:, 3], "a threshold from out-of-fold scores")
+    scores = runs.scores_name(runs.read_json(run / "effective_config.json")["k_folds"])
+    draw_folds(panel(figure, grid[:, 2], "patients, each on one side (orange: positive)"), split, single=scores == "validation")
+    ax = panel(figure, grid[:, 3], f"a threshold from {scores} scores")
     chosen = runs.read_json(run / "threshold_selection.json")["threshold"]
     thresholds.plot_tradeoff(pd.read_csv(run / "cv_thresholds_summary.csv"), chosen, ax)
     ax.legend(loc="lower center", ncols=2, fontsize=8, frameon=False)
     return figure
 
 
-def draw_folds(ax, split):
+def draw_folds(ax, split, single):
     "One dot for each patient, by side and by label."
+    names = {-1: "test, once"} | ({0: "validation", 1: "training"} if single else {})
     sides = split.groupby("patient").agg(fold=("fold", "first"), label=("label", "max"))
     for y, fold in enumerate(sorted(sides.fold.unique(), reverse=True)):
         labels = np.sort(sides.label[sides.fold == fold])[::-1]
         x, row = np.arange(len(labels)) % 34, np.arange(len(labels)) // 34
         ax.scatter(x, y - 0.11 * row, s=7, c=np.where(labels == 1, "#D55E00", "#0072B2"), lw=0)
-        name = "test, once" if fold == -1 else f"fold {fold}"
-        ax.text(-1, y, name, ha="right", va="center", fontsize=9)
+        ax.text(-1, y, names.get(fold, f"fold {fold}"), ha="right", va="center", fontsize=9)
     ax.set(xlim=(-11, 34), ylim=(-0.6, len(sides.fold.unique()) - 0.4))
     ax.axis("off")
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPAN', 'POSITIVE', 'NEGATIVE', 'METHODS', 'EDGE', 'FLATTEST', 'RIDGE', 'probabilities', 'logistic', 'smoother',
-           'measure', 'bins', 'plot_reliability', 'fit', 'apply', 'cross_fit', 'to_prevalence']
+           'measure', 'bins', 'plot_reliability', 'fit', 'apply', 'cross_fit', 'parts', 'to_prevalence']
 
 # %% ../nbs/06a_calibration.ipynb #86cbfd4c
 from collections.abc import Callable
@@ -269,6 +269,25 @@ def cross_fit(
         try: result[fold == k] = apply(fit(method, y[fold != k], score[fold != k]), score[fold == k])
         except ValueError as error: raise ValueError(f"without fold {k}: {error}") from error
     return result
+
+# %% ../nbs/06a_calibration.ipynb #ad526c76
+def parts(
+    y: np.ndarray,  # 0 or 1, one for each slice
+    groups: np.ndarray,  # the patient of each slice
+    most: int = 5,
+    seed: int = 0,
+) -> np.ndarray:  # int[n], from 0; all 0 where two parts cannot be made
+    "Parts for cross-fitting: by patient, evenly within classes, both classes in each."
+    y, _, patient = checked(y, np.zeros(len(y)), groups)
+    ill = np.bincount(patient, y) > 0
+    drawn = np.random.default_rng(seed).permutation(len(ill))
+    place = np.empty_like(drawn)
+    place[drawn[np.argsort(ill[drawn], kind="stable")]] = np.arange(len(ill))  # dealt out like cards, sorted by class
+    for count in range(min(most, len(ill)), 1, -1):
+        part = (place % count)[patient]
+        if all(0 < y[part == k].sum() < (part == k).sum() for k in range(count)):
+            return part
+    return np.zeros(len(y), dtype=int)
 
 # %% ../nbs/06a_calibration.ipynb #dbd97383
 def to_prevalence(

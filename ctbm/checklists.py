@@ -10,7 +10,7 @@ from pandas import DataFrame
 
 from .page import Section, Table, Text
 
-# %% ../nbs/07e_checklists.ipynb #1e3502ff
+# %% ../nbs/07e_checklists.ipynb #d08513fe
 CARD = (
     ("Model details", (
         "{backbone} network with one output, scoring single head CT slices for brain metastasis. Made on {date} by ctbm {version} "
@@ -27,18 +27,18 @@ CARD = (
         "{attributes}. Shifts: {shifts}.",
         "AUTHOR: age, sex, ethnicity, primary tumour, lesion size, contrast medium, scanners that were not in the data.")),
     ("Metrics", (
-        "AUROC, average precision, sensitivity, specificity, PPV, NPV, F1; calibration slope, intercept, Brier score and ICI; net "
+        "AUROC, average precision, sensitivity, specificity, PPV, NPV, F1, F2; calibration slope, intercept, Brier score and ICI; net "
         "benefit. 95 % intervals from resampling patients.",
-        "Threshold {threshold} by {strategy}, from out-of-fold scores.")),
+        "Threshold {threshold} by {strategy}, from {scores} scores.")),
 )
 
-# %% ../nbs/07e_checklists.ipynb #fcfe2af1
+# %% ../nbs/07e_checklists.ipynb #eca6ab55
 CARD += (
     ("Evaluation data", (
         "{test}; held out by patient before anything was trained, scored once.",
         "AUTHOR: hospital, period, how patients were chosen, how the label was established.")),
     ("Training data",
-     ("{development}, in {folds} folds by patient. Rows set aside: {aside}.", "AUTHOR: the same as for the evaluation data.")),
+     ("{development}; {split}. Rows set aside: {aside}.", "AUTHOR: the same as for the evaluation data.")),
     ("Quantitative analyses", (
         "Slices, test: AUROC {test_roc_auc}, average precision {test_auprc}, sensitivity {test_sensitivity}, specificity "
         "{test_specificity}, PPV {test_ppv}, NPV {test_npv}. {counts}. AUROC less that of the grey-level baseline: {ahead}.",
@@ -66,7 +66,7 @@ def card_markdown(card: list[tuple[str, list[str]]], loud: bool) -> str:
     return "# Model card\n\n" + warning + "\n".join(f"## {heading}\n\n" + "\n".join(f"- {text}" for text in texts) + "\n" for heading,
                                                     texts in card)
 
-# %% ../nbs/07e_checklists.ipynb #2defa179
+# %% ../nbs/07e_checklists.ipynb #d5a2ebff
 CLAIM = (  # item, topic, answer, where
     ("1", "title names the kind of AI", "Deep learning ({backbone}). AUTHOR: say so in the title.", "summary"),
     ("2", "structured abstract", "AUTHOR: the figures are in the summary.", "summary"),
@@ -88,35 +88,34 @@ CLAIM = (  # item, topic, answer, where
     ("16", "who annotated", "AUTHOR: number, qualification, training.", ""),
     ("17", "how the test set was annotated", "AUTHOR: tools, blinding, whether it differs from the training set.", ""),
     ("18", "agreement of annotators", "AUTHOR: between and within readers, how it was settled.", ""),
-    ("19", "how data were partitioned", "{test_size} of the patients drawn at random within classes as test set, the others in {folds} "
-                                        "stratified folds; seed {seed}.", "data"),
+    ("19", "how data were partitioned", "By rule and seed ({seed}): {split}.", "data"),
     ("20", "level at which partitions are disjoint", "Patient. Patients joined because they shared data: {linked}; leaks found by the "
                                                      "audit: {leaks}.", "leaks"),
     ("21", "test set size", "{test}. AUTHOR: how the size was arrived at.", "data"),
     ("22", "model in detail", "{backbone} (timm), one logit; model.json builds it.", "training"),
 )
 
-# %% ../nbs/07e_checklists.ipynb #cf44b38b
+# %% ../nbs/07e_checklists.ipynb #1d6c2fb4
 CLAIM += (
     ("23", "software", "{versions}.", "reproduce"),
     ("24", "starting values of parameters", "{weights}.", "training"),
     ("25", "training in detail", "{training}; {balance}; augmentation in the table.", "training"),
-    ("26", "how the final model was selected", "Epoch by average precision on {selection}; threshold by {strategy} from out-of-fold "
-                                               "scores; trained again on all development patients.", "training"),
+    ("26", "how the final model was selected", "Epoch by {monitor} on {chooser}; threshold by {strategy} from {scores} scores; {final}.",
+     "training"),
     ("27", "ensembles", "None: one network.", "training"),
-    ("28", "measures of performance", "AUROC, average precision, sensitivity, specificity, PPV, NPV, F1, calibration, net benefit; a "
+    ("28", "measures of performance", "AUROC, average precision, sensitivity, specificity, PPV, NPV, F1, F2, calibration, net benefit; a "
                                       "grey-level baseline beside them.", "discrimination"),
     ("29", "uncertainty and significance", "95 % intervals from resampling patients, Wilson's for proportions; DeLong for clustered data "
                                            "and paired bootstrap for comparisons.", "discrimination"),
     ("30", "robustness", "Shifts: {shifts}.", "groups"),
     ("31", "explainability", "Not used. AUTHOR: if it is added, how it was checked.", ""),
-    ("32", "testing on internal data", "AUROC {test_roc_auc} in the test set, {oof_roc_auc} out-of-fold.", "discrimination"),
+    ("32", "testing on internal data", "AUROC {test_roc_auc} in the test set; {scores}: {oof_roc_auc}.", "discrimination"),
     ("33", "testing on external data", "None in this run. AUTHOR: add it, or say why there is none.", "limitations"),
     ("34", "trial registration", "AUTHOR: number, or that it does not apply.", ""),
     ("35", "numbers included and excluded", "{files} files, {all}; set aside: {aside}.", "data"),
     ("36", "characteristics of each partition", "Headers by partition in the table; attributes: {attributes}. AUTHOR: age, sex, primary "
                                                 "tumour.", "data"),
-    ("37", "performance on every partition", "Test AUROC {test_roc_auc}, out-of-fold {oof_roc_auc}; subgroups in the forest plot.",
+    ("37", "performance on every partition", "Test AUROC {test_roc_auc}, {scores} {oof_roc_auc}; subgroups in the forest plot.",
      "discrimination"),
     ("38", "diagnostic accuracy with precision", "Sensitivity {test_sensitivity}, specificity {test_specificity}, PPV {test_ppv}, NPV "
                                                  "{test_npv}.", "discrimination"),
@@ -129,7 +128,7 @@ CLAIM += (
     ("44", "funding", "AUTHOR: sources, and the part they had.", ""),
 )
 
-# %% ../nbs/07e_checklists.ipynb #c030d5da
+# %% ../nbs/07e_checklists.ipynb #932472c3
 TRIPOD = (
     ("1", "title", "AUTHOR: development and internal testing of a model, population, outcome.", ""),
     ("2", "abstract", "AUTHOR: by the list for abstracts; the figures are in the summary.", "summary"),
@@ -152,13 +151,13 @@ TRIPOD = (
     ("9c", "predictor assessors", "None: nothing is read off by a person.", "training"),
     ("10", "sample size", "Development {development}; evaluation {test}. AUTHOR: why that many.", "data"),
     ("11", "missing data", "Nothing was imputed; set aside: {aside}. Headers missing: {missing}.", "data"),
-    ("12a", "use of the data", "{test_size} of patients held out; {folds} patient-grouped folds of the others.", "data"),
+    ("12a", "use of the data", "By rule: {split}.", "data"),
     ("12b", "handling of predictors", "HU clipped to windows, scaled to 0 to 1.", "training"),
-    ("12c", "type of model and building", "{backbone}; {training}; internal validation by folds.", "training"),
+    ("12c", "type of model and building", "{backbone}; {training}; internal validation by {validated}.", "training"),
     ("12d", "heterogeneity across clusters", "Subgroups by scanner; slices of a patient treated as clustered. AUTHOR: centres.", "groups"),
     ("12e", "measures and plots", "ROC, precision-recall, reliability, decision curve, triage; intervals from resampling patients.",
      "discrimination"),
-    ("12f", "model updating", "Recalibration ({calibration}) fitted on out-of-fold scores.", "calibration"),
+    ("12f", "model updating", "Recalibration ({calibration}) fitted on {scores} scores.", "calibration"),
 )
 
 # %% ../nbs/07e_checklists.ipynb #3cf2ac0f

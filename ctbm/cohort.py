@@ -6,17 +6,16 @@
 __all__ = ['CT_CLASSES', 'SECONDARY_CAPTURE', 'JPEG', 'LOSSY_JPEG', 'APPROXIMATE', 'FAITHFUL', 'COLUMNS', 'ORDER', 'CHUNK',
            'WORTH_PROCESSES', 'SAME_PLACE_MM', 'SAME_SPACING_MM', 'SHARED', 'LABELS', 'EMPTY', 'Finding', 'NOT_A_SLICE',
            'TILT_DEG', 'TAG_DEG', 'PLACEHOLDERS', 'SERIES_SHOWN', 'slice_normal', 'position_mm', 'tilt_deg', 'scan',
-           'spacings', 'missing_slices', 'images', 'kind', 'series', 'read_labels', 'join_labels', 'usable', 'checks',
-           'findings', 'describe']
+           'spacings', 'missing_slices', 'images', 'kind', 'series', 'read_labels', 'clean_labels', 'join_labels',
+           'usable', 'checks', 'findings', 'describe']
 
-# %% ../nbs/00_cohort.ipynb #7df091b5
+# %% ../nbs/00_cohort.ipynb #dc62060f
 import codecs
 import os
 import sys
 import warnings
 from collections.abc import Iterator
 from csv import reader as csv_reader
-from csv import writer as csv_writer
 from functools import cache
 from math import atan2, degrees, hypot, isfinite, nan
 from pathlib import Path
@@ -594,22 +593,27 @@ def _label_rows(
     return pd.DataFrame(dict(frame=0, slice_id=labels["ID"], rows=0, cols=0, lossy=False, problem=labels["problem"], label=labels["label"],
                              patient=labels["PatientID"], patient_from=np.where(given, "labels", None)))
 
-# %% ../nbs/00_cohort.ipynb #00b29946
+# %% ../nbs/00_cohort.ipynb #a562e1d5
 def _write_clean(
     joined: pd.DataFrame,
     path: Path,
     csv: Path,  # the labels that were read, which are never written over
 ) -> None:
-    "Write the labels of the usable images, so that joining them again gives the same."
+    "Write the labels of the usable images."
     if path.resolve() == csv.resolve(): raise ValueError(f"{path} is the label file itself: name another file for the clean labels")
+    clean_labels(joined).to_csv(path, index=False)
+
+
+def clean_labels(
+    joined: pd.DataFrame,  # from `join_labels`
+) -> pd.DataFrame:  # ID, Label and, where the labels named patients, PatientID
+    "The labels of the usable images; joining them again gives the same."
     usable = joined[joined["problem"].isna() & joined["label"].notna()]
     owned = (usable["patient_from"] == "labels").any()
     folder_first = [f"{Path(folder).name}/{name}" for folder, name in zip(usable["folder"], usable["slice_id"], strict=True)]
     names = usable["slice_id"].where(~usable["slice_id"].duplicated(keep=False), folder_first)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        out = csv_writer(file)
-        out.writerow(["ID", "Label", *(["PatientID"] if owned else [])])
-        out.writerows(zip(names, usable["label"], *([usable["patient"]] if owned else []), strict=True))
+    table = pd.DataFrame({"ID": names, "Label": usable["label"]})
+    return table.assign(PatientID=usable["patient"]) if owned else table
 
 # %% ../nbs/00_cohort.ipynb #7ecb9bb4
 def join_labels(

@@ -283,7 +283,7 @@ def compare(
         rows[name] = {"a": at[0], "b": at[1], "difference": at[1] - at[0], "low": low, "high": high, "p": p, "test": "paired bootstrap"}
     return DataFrame(rows.values(), index=pd.Index(rows, name="figure"))
 
-# %% ../nbs/07_evaluate.ipynb #8aedf166
+# %% ../nbs/07_evaluate.ipynb #6fecb0d9
 def far_side(
     values: np.ndarray,  # float[b], a difference in each resample, NaN where it is not defined
     patients: int,  # that carry the difference, at least 2
@@ -298,7 +298,7 @@ def _compared(y, p, threshold, specificity, weights):
     fixed = sensitivity_at(specificity, y, p, weights)
     found = {"auprc": ranking(y, p, weights)[1], f"sensitivity at specificity {specificity:.2f}": fixed}
     own = at_threshold(y, p >= threshold, weights) if threshold is not None else {}
-    return found | {name: own[name] for name in ("sensitivity", "specificity") if name in own}
+    return found | {name: own[name] for name in ("sensitivity", "specificity", "f2") if name in own}
 
 
 def _delong_row(y, a, b, patient):

@@ -6,7 +6,7 @@
 __all__ = ['CHUNK', 'FACTS', 'DECODERS', 'spacing_mm', 'pixels', 'write_rows', 'fill', 'file_hash', 'code_version', 'pack_key',
            'Pack', 'build', 'load']
 
-# %% ../nbs/02a_pack.ipynb #b80ab9c2
+# %% ../nbs/02a_pack.ipynb #2b1ba909
 import hashlib
 import inspect
 import json
@@ -23,9 +23,9 @@ from pandas import DataFrame
 from tqdm import tqdm
 
 from . import preprocess as preprocess_module
-from .preprocess import Preprocess, Unreadable, read_hu
+from .preprocess import NoSpacing, Preprocess, Unreadable, read_hu
 
-# %% ../nbs/02a_pack.ipynb #fb5f7b17
+# %% ../nbs/02a_pack.ipynb #271940df
 CHUNK = 32  # slices
 
 
@@ -57,10 +57,10 @@ def write_rows(
     for i, row in enumerate(slices.itertuples()):
         try:
             hu = read_hu(row.path, row.frame)
-        except Unreadable as error:
-            facts.append({"unreadable": f"undecodable: {error.reason}"})
+            images[first + i] = pixels(hu, row, preprocess)
+        except (Unreadable, NoSpacing) as error:
+            facts.append({"unreadable": f"undecodable: {error.reason}" if isinstance(error, Unreadable) else str(error)})
             continue
-        images[first + i] = pixels(hu, row, preprocess)
         facts.append({"hu_min": float(hu.min()), "hu_max": float(hu.max()), "hu_mean": float(hu.mean()), "unreadable": None})
     images.flush()
     marker = folder / f"chunk_{first:07}.json"
@@ -92,7 +92,7 @@ def fill(
 
 FACTS = ["hu_min", "hu_max", "hu_mean", "unreadable"]
 
-# %% ../nbs/02a_pack.ipynb #38ef489d
+# %% ../nbs/02a_pack.ipynb #a74cfea6
 def file_hash(
     path: str | Path,
 ) -> str:
@@ -113,20 +113,20 @@ def code_version() -> str:
 
 
 def pack_key(
-    slices: DataFrame,  # with `sha` and `frame`
+    slices: DataFrame,  # with `sha`, `frame`, `row_mm` and `col_mm`
     preprocess: Preprocess,
 ) -> str:
     "What a pack is called."
-    files = [f"{sha}#{frame}" for sha, frame in zip(slices.sha, slices.frame, strict=True)]
+    files = [f"{row.sha}#{row.frame} {spacing_mm(row)}" for row in slices.itertuples()]
     what = {"files": files, "preprocess": asdict(preprocess), "code": code_version()}
     return hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=12).hexdigest()
 
-# %% ../nbs/02a_pack.ipynb #b0874c27
+# %% ../nbs/02a_pack.ipynb #0a3afc92
 @dataclass(frozen=True)
 class Pack:
     "Preprocessed slices and the table that says which is which."
     images: np.ndarray  # uint8[n, channels, size, size], memory-mapped, read-only
-    table: DataFrame  # the rows asked for, with sha, hu_min, hu_max, hu_mean, `row` in the array, `problem` where undecodable
+    table: DataFrame  # the rows asked for, with sha, hu_min, hu_max, hu_mean, `row` in the array, `problem` where there is no image
     key: str
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTIAL', 'PACKAGES', 'project_root', 'whole', 'write_json', 'read_json', 'write_table', 'start', 'finish', 'latest',
-           'manifest', 'git_commit', 'describe', 'line']
+           'manifest', 'git_commit', 'scores_name', 'describe', 'line']
 
 # %% ../nbs/04c_runs.ipynb #3d6e8747
 import json
@@ -138,7 +138,14 @@ def git_commit() -> str | None:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     return subprocess.run(command, cwd=here, capture_output=True, text=True).stdout.strip() or None
 
-# %% ../nbs/04c_runs.ipynb #c813834f
+# %% ../nbs/04c_runs.ipynb #df1a7cb5
+def scores_name(
+    k_folds: int,  # 1: a single split into training, validation and test
+) -> str:
+    "What the scores that choose the threshold are called."
+    return "validation" if k_folds == 1 else "out-of-fold"
+
+
 def describe(
     run: Path,  # a finished run
 ) -> str:
@@ -151,10 +158,10 @@ def describe(
     canary = (run / "audit.json").is_file() and read_json(run / "audit.json")["random_labels"]
     lines = ["RANDOM LABELS: a canary; figures above chance, with one seed after another, mean a leak"] if canary else []
     lines += [f"run       {run}", f"recipe    {made['recipe']}, {made['backbone']}, scale {made['scale']}, seed {made['seed']}",
-              f"threshold {chosen['threshold']:.2f} ({how}), from out-of-fold scores"]
+              f"threshold {chosen['threshold']:.2f} ({how}), from {scores_name(made['k_folds'])} scores"]
     lines += [f"          {remark}" for remark in chosen.get("remarks", [])]
-    ranking = ("roc_auc", "auprc")
-    for title, found, names in (("out-of-fold", cv, ranking), ("test", test | {"oof": test["figures"]}, tuple(test["figures"]))):
+    ranking, name = ("roc_auc", "auprc"), scores_name(made["k_folds"])
+    for title, found, names in ((name, cv, ranking), ("test", test | {"oof": test["figures"]}, tuple(test["figures"]))):
         lines.append("{} ({slices} slices of {patients} patients, {positive} slices positive)".format(title, **found["oof"]["roc_auc"]))
         lines += [f"  {name:17} {line(found['oof'][name])}" for name in names]
         lines += [f"  beside it, grey-histogram baseline: {name} {line(found['baseline'][name])}" for name in ranking]

@@ -213,7 +213,7 @@ def remarks(
     ]
     return [text for true, text in found if true]
 
-# %% ../nbs/06_thresholds.ipynb #7896badd
+# %% ../nbs/06_thresholds.ipynb #4b66339f
 COLOURS = {"sensitivity": "#0072B2", "specificity": "#009E73", "PPV": "#D55E00", "F1": "#CC79A7"}  # Okabe and Ito, colour-blind safe
 
 
@@ -222,16 +222,17 @@ def plot_tradeoff(
     threshold: float | None = None,  # marked with a line
     ax: "Axes | None" = None,
 ) -> "Axes":
-    "Sensitivity, specificity, PPV and F1 against the threshold, with a band of one standard deviation over folds."
+    "Sensitivity, specificity, PPV and F1 against the threshold; with several folds, a band of one standard deviation."
     import matplotlib.pyplot as plt
     ax = ax or plt.figure(figsize=(7, 4), layout="constrained").subplots()
+    several = summary.spec_std.notna().any()
     for (name, colour), key in zip(COLOURS.items(), ("sens", "spec", "ppv", "f1"), strict=True):
         mean, std = summary[f"{key}_mean"], summary[f"{key}_std"].fillna(0)
         ax.plot(summary.threshold, mean, color=colour, label=name)
-        ax.fill_between(summary.threshold, (mean - std).clip(0, 1), (mean + std).clip(0, 1), color=colour, alpha=0.15, lw=0)
+        if several: ax.fill_between(summary.threshold, (mean - std).clip(0, 1), (mean + std).clip(0, 1), color=colour, alpha=0.15, lw=0)
     if threshold is not None:
         ax.axvline(threshold, color="0.3", ls="--", lw=1, label=f"threshold {threshold:.2f}")
-    ax.set(xlabel="threshold", ylabel="mean over folds, band ±1 SD", xlim=(0, 1), ylim=(0, 1.02))
+    ax.set(xlabel="threshold", ylabel="mean over folds, band ±1 SD" if several else "figure", xlim=(0, 1), ylim=(0, 1.02))
     ax.legend(loc="lower center", ncols=3, frameon=False)
     return ax
 
@@ -269,7 +270,7 @@ def plot_pr(
     ax.legend(loc="lower left", frameon=False)
     return ax
 
-# %% ../nbs/06_thresholds.ipynb #f5cf833b
+# %% ../nbs/06_thresholds.ipynb #bbf653b3
 def _on_grid(x: np.ndarray, y: np.ndarray, start: float) -> np.ndarray:
     values = np.interp(GRID, x, y)
     values[0] = start
@@ -286,7 +287,7 @@ def _curves(scores, curve, area, name, ax):
         ax.plot(GRID, each, color="#0072B2", alpha=0.25, lw=1)
     spread = f" ± {areas.std(ddof=1):.3f} over {len(parts)} folds" if len(parts) > 1 else ""
     ax.plot(GRID, mean, color="#0072B2", lw=2, label=f"{name} {areas.mean():.3f}{spread}")
-    ax.fill_between(GRID, (mean - std).clip(0, 1), (mean + std).clip(0, 1), color="#0072B2", alpha=0.15, lw=0)
+    if len(parts) > 1: ax.fill_between(GRID, (mean - std).clip(0, 1), (mean + std).clip(0, 1), color="#0072B2", alpha=0.15, lw=0)
     ax.set(xlim=(0, 1), ylim=(0, 1.02), aspect="equal")
     return ax
 

@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import ROOT
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-HEADLESS = ["01_eda.ipynb", "05_train.ipynb"]  # notebooks that papermill runs
+HEADLESS = ["01_eda.ipynb", "05_train.ipynb", "20_compare.ipynb"]  # notebooks that papermill runs
 PRIVATE = re.compile(r"/home/|/root/|/Users/|/tmp/|/private/|\.venv/")
 
 
@@ -105,8 +105,8 @@ def test_floors():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
     floors = [{"cohort", "preprocess", "phantom", "viewer"}, {"pack"},
               {"datasets", "models", "losses", "audit", "thresholds", "calibration", "decision", "evaluate", "failures", "page",
-               "checklists"},
-              {"recipes", "runs"}, {"train", "eda", "results", "report"}, {"cli"}]
+               "checklists", "checkpoints"},
+              {"recipes", "runs", "instruments", "learning"}, {"train", "eda", "results", "report"}, {"cli"}]
     seen, height = set(), {name: i for i, floor in enumerate(floors) for name in floor}
     for path in (ROOT / "ctbm").glob("[a-z]*.py"):
         imports = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]

@@ -117,3 +117,21 @@ def test_non_square_pixels_are_packed_square(data, tmp_path):
     want = spec(hu, (one.row_mm.item(), one.col_mm.item()))
     assert np.abs(made.images[0] / 255 - want).max() < 0.003
     assert np.abs(want - spec(hu)).max() > 0.1
+
+
+def test_no_pixel_spacing_costs_that_slice(slices, tmp_path):
+    "Where the spec counts in mm, a slice without a spacing, or with a nonsensical one, is a row with a problem; otherwise nothing changes."
+    some = slices[:8].assign(row_mm=[None, 0, 900, *slices.row_mm[3:8]])
+    made = pack.build(some, Preprocess(size=32, resample_mm=8, fit="scale"), tmp_path, jobs=1)
+    why = made.table.problem
+    assert why.notna().tolist() == [True] * 3 + [False] * 5
+    assert why[:2].str.startswith("no pixel spacing: resample_mm 8 needs").all() and "another unit" in why[2]
+    assert not made.images[made.table.row[:3]].any() and all(made.images[row].any() for row in made.table.row[3:])
+    plain = pack.build(some[:2], Preprocess(size=32), tmp_path, jobs=1)
+    assert plain.table.problem.isna().all()
+
+
+def test_a_corrected_spacing_is_another_pack(slices, tmp_path):
+    spec = Preprocess(size=32, resample_mm=8, fit="scale")
+    one, two = (pack.build(slices[:2].assign(row_mm=mm, col_mm=mm), spec, tmp_path, jobs=1) for mm in (0.4, 0.8))
+    assert one.key != two.key and (one.images != two.images).any()

@@ -14,7 +14,10 @@ from torch.nn import functional as F
 
 from ctbm.preprocess import (
     AIR_HU,
+    FITS,
+    PURPOSES,
     WINDOWS,
+    NoSpacing,
     Preprocess,
     bounding_box,
     examples_grid,
@@ -26,6 +29,7 @@ from ctbm.preprocess import (
     skull_mask,
     steps,
     window,
+    windows_figure,
 )
 
 SERIES = [f"{number:02}" for number in range(1, 29)]
@@ -188,6 +192,29 @@ def test_windows_of_the_other_pipelines(name, low, high):
     assert window(np.array([low - 1, low, (low + high) / 2, high, high + 1]), *WINDOWS[name]).tolist() == [0, 0, 0.5, 1, 1]
 
 
+FOCAL = {"contrast": (17.5, 52.5), "baseline": (0, 80), "oedema": (-60, 140)} # HU, from black to white
+
+
+def test_focal_windows_on_a_real_slice(head):
+    "Three channels in this order, each linear between its two ends and flat beyond them"
+    stack = Preprocess(size=512, crop="none", windows=tuple(FOCAL))(head) # 512 to 512: no resampling
+    for plane, (low, high) in zip(stack, FOCAL.values(), strict=True):
+        assert np.allclose(plane, (np.clip(head, low, high) - low) / (high - low), atol=1e-6)
+        assert (plane[head <= low] == 0).all() and (plane[head >= high] == 1).all()
+        assert 0 < ((head > low) & (head < high)).mean() < 1 and plane.min() == 0 and plane.max() == 1
+
+
+def test_windows_figure_on_a_real_slice(head, tmp_path):
+    fig = windows_figure(head, tuple(FOCAL), "slice 15")
+    fig.savefig(tmp_path / "windows.png", dpi=60)
+    assert (tmp_path / "windows.png").stat().st_size > 10_000
+    for ax, (name, (low, high)) in zip(fig.axes, FOCAL.items(), strict=True):
+        assert np.array_equal(ax.images[0].get_array(), window(head, *WINDOWS[name]))
+        assert ax.get_title().startswith(name) and f"{low:g} to {high:g} HU" in ax.get_title()
+        assert PURPOSES[name] in ax.get_xlabel().replace("\n", " ")
+    with pytest.raises(ValueError, match="'oedema'"): windows_figure(head, ["edema"])
+
+
 def test_window_before_resize(head):
     "The other order would show brain where bone and air meet"
     spec = Preprocess(crop="none", windows=("brain",))
@@ -223,14 +250,64 @@ def test_only_the_ratio_of_spacings_matters(head):
     assert np.array_equal(spec(head), spec(head, (0.49, 0.49))) and np.array_equal(spec(head), spec(head, (3, 3)))
 
 
+# Millimetres
+
+
+def test_published_focal_order(head):
+    "1 mm first, bilinear; then windows; then squeezed into the square by area"
+    spec = Preprocess(size=224, crop="none", windows=("baseline",), resample_mm=1, fit="squeeze")
+    spacing = 0.4882812 # of a field of view of 250 mm
+    at_1_mm = F.interpolate(torch.from_numpy(head)[None, None], size=(250, 250), mode="bilinear", align_corners=False)[0, 0].numpy()
+    want = cv2.resize(np.clip(at_1_mm / 80, 0, 1), (224, 224), interpolation=cv2.INTER_AREA)
+    assert np.abs(spec(head, (spacing, spacing))[0] - want).max() < 1e-4
+
+
+@pytest.mark.parametrize("crop", ["skull", "none"])
+@pytest.mark.parametrize("fit", FITS)
+def test_a_matrix_of_half_the_pixels_is_the_same_head(head, crop, fit):
+    "What a spec makes of a head depends on the head in mm, not on the matrix it was stored in"
+    spec = Preprocess(size=224, crop=crop, windows=("oedema",), resample_mm=1, fit=fit, margin_px=0)
+    half = resize(head, 256, 256)
+    assert np.abs(spec(head, (0.48, 0.48)) - spec(half, (0.96, 0.96))).mean() < 0.04
+
+
+def test_scale_cuts_and_pads_about_the_centre(head):
+    for size, spacing in ((224, 0.48), (400, 0.48), (97, 0.3), (301, 0.7)):
+        spec = Preprocess(size=size, crop="none", windows=("bone",), resample_mm=1, fit="scale")
+        side = round(512 * spacing)
+        whole, out = resize(window(head, *WINDOWS["bone"]), side, side), spec(head, (spacing, spacing))[0]
+        start = abs((size - side) // 2)
+        if size < side: assert np.allclose(out, whole[start : start + size, start : start + size])
+        else:
+            assert np.allclose(out[start : start + side, start : start + side], whole)
+            assert out.sum() == pytest.approx(whole.sum(), rel=1e-5), "black beyond the picture"
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_millimetres_need_a_spacing(head, fit):
+    spec = Preprocess(resample_mm=1, fit=fit)
+    for wrong in (None, (0, 1), (0.5, float("nan")), (0.5, -1)):
+        with pytest.raises(NoSpacing, match="no pixel spacing.*set resample_mm to None"): spec(head, wrong)
+    with pytest.raises(NoSpacing, match="another unit"): spec(head, (488, 488))
+
+
+def test_squeeze_fills_the_square(head):
+    spec = Preprocess(size=97, crop="none", windows=("brain",), fit="squeeze")
+    part = head[100:300]
+    assert np.array_equal(spec(part)[0], np.minimum(resize(window(part, *WINDOWS["brain"]), 97, 97), 1))
+    assert np.array_equal(spec(part), spec(part, (0.5, 0.7))) # proportions are lost whatever they were
+
+
 # The spec
 
 
 def test_spec_survives_json_and_keys_a_table():
-    for spec in (Preprocess(), Preprocess.published(224), Preprocess(windows=("brain", (0.5, 3)), crop="none", margin_px=0)):
+    in_mm = Preprocess(resample_mm=1, fit="scale")
+    for spec in (Preprocess(), Preprocess.published(224), Preprocess(windows=("brain", (0.5, 3)), crop="none", margin_px=0), in_mm):
         copy = Preprocess.from_dict(json.loads(json.dumps(asdict(spec))))
         assert copy == spec and hash(copy) == hash(spec)
     assert len({Preprocess(), Preprocess(size=224), Preprocess.published()}) == 3
+    assert json.dumps(asdict(in_mm)) == json.dumps(asdict(Preprocess(resample_mm=1.0, fit="scale"))) # one key, however it is written
     with pytest.raises(FrozenInstanceError): Preprocess().size = 3
 
 
@@ -246,6 +323,10 @@ def test_spec_survives_json_and_keys_a_table():
         ({"windows": [[40, 0]]}, "windows"),
         ({"size": 0}, "size"),
         ({"margin_px": -1}, "margin_px"),
+        ({"fit": "squeezed"}, "'squeeze'"),
+        ({"fit": "scale"}, "resample_mm"),
+        ({"resample_mm": 0}, "resample_mm"),
+        ({"resample_mm": float("nan")}, "resample_mm"),
     ],
 )
 def test_mistakes_are_named(values, nearest):
@@ -262,12 +343,16 @@ def test_calls_do_not_change_the_image_and_repeat(head):
 # Pictures
 
 
-@pytest.mark.parametrize("spec", [Preprocess(), Preprocess.published(), Preprocess(windows=("brain",))])
+IN_MM = Preprocess(windows=tuple(FOCAL), resample_mm=1, fit="scale")
+
+
+@pytest.mark.parametrize("spec", [Preprocess(), Preprocess.published(), Preprocess(windows=("brain",)), IN_MM])
 def test_steps_and_their_picture(series, spec, tmp_path):
-    stages, count = steps(series["20"], spec), len(spec.windows)
+    spacing = (0.5, 0.5)
+    stages, count = steps(series["20"], spec, spacing), len(spec.windows)
     assert list(stages) == ["raw", "mask", "crop", *(f"w{i + 1}" for i in range(count))]
-    assert np.array_equal(np.stack(list(stages.values())[3:]), spec(series["20"]))
-    fig = examples_grid([series["10"], series["20"]], ["10", "20"], spec)
+    assert np.array_equal(np.stack(list(stages.values())[3:]), spec(series["20"], spacing))
+    fig = examples_grid([series["10"], series["20"]], ["10", "20"], spec, [spacing] * 2)
     fig.savefig(tmp_path / "grid.png", dpi=50)
     assert len(fig.axes) == 2 * (3 + count) and (tmp_path / "grid.png").stat().st_size > 10_000
 

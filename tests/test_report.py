@@ -2,6 +2,8 @@
 import re
 import shutil
 import subprocess
+import warnings
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ctbm import cli, evaluate, report, runs, train
+from ctbm import cli, evaluate, recipes, report, results, runs, train
 
 SMALL = {"scale": "demo", "backbone": "resnet10t", "weights": "none", "size": 32, "epochs_head": 0, "epochs_ft": 2, "k_folds": 2,
          "num_workers": 1}
@@ -120,6 +122,65 @@ def test_prevalence_of_the_user(run, tmp_path):
         report.write(copy, prevalence=7)
 
 
+def single_split(run: Path, folder: Path, selection: str) -> Path:
+    "What a run of focal_f2 leaves: one split, its validation scores being those of fold 0 of a run with two folds."
+    made, recipe = copied(run, folder), replace(recipes.resolve("focal_f2", "demo"), k_folds=1, selection=selection)
+    for name in ("report.html", "report.json", "model_card.md", "checklist_claim.csv", "checklist_tripod.csv"):
+        (made / name).unlink()
+    tables = {name: report.load(run / name) for name in ("oof_predictions.csv", "test_predictions.csv", "history.csv")}
+    oof, test = (tables[f"{name}_predictions.csv"].rename(columns={"id": "slice_id", "prob": "score"}) for name in ("oof", "test"))
+    asked = {"recipe": "focal_f2", "scale": "demo", "published": False, "candidate": None}
+    runs.write_json(made / "run_args.json", {"recipe": "focal_f2", "scale": "demo"})
+    runs.write_json(made / "effective_config.json", asked | recipes.flat(recipe))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        results.write_operating_point(made, oof[oof.fold == 0], {0: 0.99}, recipe)
+        results.write_calibration(made, oof[oof.fold == 0], recipe)
+        results.write_test(made, test)
+        results.write_history(made, tables["history.csv"].query("fold == '0' and stage == 'ft'").assign(stage="all"))
+    return made
+
+
+@pytest.mark.parametrize("selection", ["published", "inner_holdout"])
+def test_a_single_split_is_told_as_one(run, tmp_path, selection):
+    made = single_split(run, tmp_path, selection)
+    html = report.write(made).read_text(encoding="utf8")
+    text = re.sub("<[^>]*>", " ", re.sub(r"<style>.*?</style>|data:image[^'\"]*", "", html, flags=re.S))
+    told = [text, *((made / name).read_text(encoding="utf8") for name in ("model_card.md", "checklist_claim.csv", "checklist_tripod.csv")),
+            runs.describe(made)]
+    for each in told:
+        assert "validation" in each and not re.search(r"out.of.fold|\bfolds?\b|cross-validation", each.replace("Cross-validated AUROC", ""))
+    split = pd.read_csv(made / "split.csv", dtype={"patient": str})
+    for fold, side in ((1, "training"), (0, "validation"), (-1, "test")):
+        part = split[split.fold == fold]
+        assert f"{100 * part.patient.nunique() / split.patient.nunique():.0f} % {side}" in text
+        assert f"{side} (n = {len(part):,} slices)" in text
+    alpha = 1 - split[split.fold == 1].label.mean()
+    assert f"focal, alpha {alpha:.3f} (the share of negatives in the training labels), gamma 2" in text
+    assert "elastic deformation" in text and "every pixel 2.25 mm wide" in text and "by F2 on" in text
+    assert ("Epoch and threshold were chosen on the same validation slices" in text) == (selection == "published")
+    assert "The patients were split once" in text and "parts of the validation patients" in text
+    assert runs.read_json(made / "cv_metrics.json")["std_metric"] is None and "nan" not in text.lower().replace("provenance", "")
+
+
+def test_too_few_patients_to_judge_the_calibration_are_said(run, tmp_path):
+    made = single_split(run, tmp_path, "published")
+    oof = report.load(made / "oof_predictions.csv").rename(columns={"id": "slice_id"})
+    ill = oof.patient[oof.label == 1].iloc[0]
+    results.write_calibration(made, oof[(oof.label == 0) | (oof.patient == ill)], recipes.resolve("focal_f2", "demo"))
+    html = report.write(made).read_text(encoding="utf8")
+    assert html.count("too few validation patients of a class to calibrate each other") == 2, "a limitation, on the page and in the card"
+    assert report.evidence(made).oof.calibrated.isna().all() and "not defined" in html
+
+
+def test_a_run_of_an_older_version_is_named(run, tmp_path):
+    old = copied(run, tmp_path)
+    config = runs.read_json(old / "effective_config.json")
+    runs.write_json(old / "effective_config.json", {k: v for k, v in config.items() if k != "monitor"})
+    with pytest.raises(FileNotFoundError, match="monitor in effective_config.json.*train again"):
+        report.evidence(old)
+
+
 def test_control_run_is_marked_loudly(run, tmp_path):
     copy = copied(run, tmp_path)
     runs.write_json(copy / "audit.json", runs.read_json(copy / "audit.json") | {"random_labels": True})
@@ -183,8 +244,17 @@ def test_two_runs_on_the_same_patients(run, tmp_path):
     runs.write_json(other / "effective_config.json", runs.read_json(other / "effective_config.json") | {"lr_ft": 0.123})
     html = report.compare(run, other, tmp_path / "pair.html").read_text(encoding="utf8")
     assert not Page(html).open and "DeLong" in html and "paired bootstrap" in html and "lr_ft" in html and "0.123" in html
+    assert re.findall(r"<h2>(.*?)</h2>", html) == ["What is compared", "Test set", "Out-of-fold scores"] and html.count(">F2<") == 4
     assert cli.main(["report", str(run), str(other), "--out", str(tmp_path / "again.html")]) == 0
     assert (tmp_path / "again.html").read_text(encoding="utf8") == html
+
+
+def test_runs_with_other_folds_are_compared_on_the_test_set_only(run, tmp_path):
+    other = copied(run, tmp_path / "other")
+    oof = pd.read_csv(other / "oof_predictions.csv", dtype={"id": str, "patient": str})
+    runs.write_table(other / "oof_predictions.csv", oof.assign(fold=1 - oof.fold))
+    html = report.compare(run, other, tmp_path / "pair.html").read_text(encoding="utf8")
+    assert re.findall(r"<h2>(.*?)</h2>", html) == ["What is compared", "Test set"] and f"{len(oof)} folds differ" in html
 
 
 def test_runs_on_other_patients_are_not_compared(run, tmp_path):
