@@ -20,7 +20,7 @@ train: $(READY)
 test: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/nbdev_test --skip_file_re '^(05_train|20_compare)' --n_workers 2
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lab: $(READY)
 	$(BIN)/jupyter lab nbs

@@ -72,7 +72,7 @@ def phantom(argv: list[str]) -> None:
     add_options(parser, defaults, remarks(make_cohort))
     print(make_cohort(**vars(parser.parse_args(argv))))
 
-# %% ../nbs/19_cli.ipynb #687e2412
+# %% ../nbs/19_cli.ipynb #eeb36729
 def train(argv: list[str]) -> None:
     "train a recipe: cross-validation, threshold, final model, test; prints the run folder and its figures"
     from ctbm import recipes, runs
@@ -84,7 +84,7 @@ def train(argv: list[str]) -> None:
     jobs = {k: p.default for k, p in inspect.signature(training.Job).parameters.items()} | {"resume": None}
     add_options(parser.add_argument_group("the job"), jobs, remarks(training.Job) | remarks(training.run))
     recipe = recipes.RECIPES[known("recipe", chosen(argv, training.Job.recipe), recipes.RECIPES)]
-    values = recipes.flat(recipe) | dict.fromkeys([*recipes.ALIASES, "use_cosine_schedule"])
+    values = recipes.flat(recipe) | dict.fromkeys(set(training.parameters(recipe.name)) - set(training.RUN) - set(recipes.flat(recipe)))
     notes = {k: v for part in (recipes.Recipe, *recipes.part_types()) for k, v in remarks(part).items()}
     notes |= {f"{k}_{stage}": f"stage {stage}: {v}" for k, v in remarks(recipes.Stage).items() for stage in [s.name for s in recipe.stages]}
     add_options(parser.add_argument_group(f"the recipe, {recipe.name}"), values, notes)
@@ -98,10 +98,13 @@ def chosen(
     argv: list[str],
     default: str,
 ) -> str:
-    "The recipe that a command line names."
+    "The recipe that a command line names, or that of the run it resumes."
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe", default=default)
-    return parser.parse_known_args(argv)[0].recipe
+    parser.add_argument("--resume", type=Path, default=Path())
+    named, _ = parser.parse_known_args(argv)
+    started = named.resume / "run_args.json"
+    return json.loads(started.read_text()).get("recipe", default) if started.is_file() else named.recipe
 
 
 def show(argv: list[str]) -> None:

@@ -283,7 +283,7 @@ def compare(
         rows[name] = {"a": at[0], "b": at[1], "difference": at[1] - at[0], "low": low, "high": high, "p": p, "test": "paired bootstrap"}
     return DataFrame(rows.values(), index=pd.Index(rows, name="figure"))
 
-# %% ../nbs/07_evaluate.ipynb #6fecb0d9
+# %% ../nbs/07_evaluate.ipynb #646a5147
 def far_side(
     values: np.ndarray,  # float[b], a difference in each resample, NaN where it is not defined
     patients: int,  # that carry the difference, at least 2
@@ -306,7 +306,7 @@ def _delong_row(y, a, b, patient):
     difference, error = areas[1] - areas[0], np.sqrt(max(np.array([-1, 1]) @ covariance @ [-1, 1], 0))
     error, free = error if error > 1e-12 else np.nan, max(rarer_class(y, patient) - 1, 1)  # no error: two models that never differ
     test = "DeLong" if len(np.unique(patient)) == len(y) else "DeLong, clustered"
-    low, high = (difference + side * t.ppf(0.975, free) * error for side in (-1, 1))
+    low, high = (np.clip(difference + side * t.ppf(0.975, free) * error, -1, 1) for side in (-1, 1))
     p = 2 * t.sf(abs(difference / error), free)
     return {"a": areas[0], "b": areas[1], "difference": difference, "low": low, "high": high, "p": p, "test": test}
 

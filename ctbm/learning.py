@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['BY_EPOCH', 'BY_STEP', 'MODULES', 'FIGURES', 'device', 'precision', 'cpu_flags', 'drawn', 'warmup_cosine', 'prepare',
            'memory_format', 'ranked', 'counted_at', 'SliceModule', 'KeepBest', 'Resume', 'Keep', 'Beside', 'quiet',
-           'memory_advice', 'run_stage', 'build', 'fit', 'finish_stage', 'restored', 'score', 'epoch_line',
-           'epoch_paragraph']
+           'out_of_memory', 'memory_advice', 'run_stage', 'build', 'fit', 'met', 'finish_stage', 'restored', 'score',
+           'epoch_line', 'epoch_paragraph']
 
-# %% ../nbs/04f_learning.ipynb #b34375de
+# %% ../nbs/04f_learning.ipynb #3737f7a1
 import logging
 import time
 import warnings
@@ -24,6 +24,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from pandas import DataFrame
+from scipy.special import expit
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 from torch.nn import Module
@@ -33,7 +34,7 @@ from . import checkpoints, datasets, instruments, models, runs, thresholds
 from .datasets import Augment, SliceDataset
 from .losses import l1_penalty, loss_named
 from .models import create_model
-from .recipes import Recipe, Stage
+from .recipes import Recipe, Stage, flat
 
 # %% ../nbs/04f_learning.ipynb #2fe2a1bf
 def device() -> torch.device:
@@ -123,7 +124,7 @@ def counted_at(
     share = thresholds.ratios(*(np.asarray(at[k]) for k in ("tp", "tn", "fp", "fn")), beta)
     return {"auprc": float(average_precision_score(label, score)), "fbeta": float(share["fbeta"]), "recall": float(at["sens"])}
 
-# %% ../nbs/04f_learning.ipynb #365904df
+# %% ../nbs/04f_learning.ipynb #e93ecb0a
 class SliceModule(LightningModule):
     "One stage of training a slice classifier."
 
@@ -133,7 +134,7 @@ class SliceModule(LightningModule):
         fill = models.channel_constant(network, "mean", len(recipe.preprocess.windows))
         self.augment, self.loss = Augment(recipe.augment, fill), loss_named(recipe.objective, labels)
         self.judge = loss_named(replace(recipe.objective, label_smoothing=0.0), labels)
-        self.seen, self.plateau = {"train": [], "val": []}, None
+        self.seen, self.plateau, self.figures = {"train": [], "val": []}, None, {}
 
     def on_train_epoch_start(self):
         models.train_unfrozen(self.network)
@@ -159,20 +160,21 @@ class SliceModule(LightningModule):
 
     def on_validation_epoch_end(self):
         loss, labels, score = self.gathered("val")
-        if not np.isfinite(score).all():
+        if not np.isfinite([loss, *score]).all():
             raise FloatingPointError(f"training diverged in stage {self.stage.name!r}, epoch {self.current_epoch + 1}: scores are NaN. "
                                      f"Lower lr_{self.stage.name} (now {self.stage.lr:g}), or train with precision '32'")
         beta, figures = self.recipe.rule.fbeta, {"loss": loss} | ranked(labels, score, self.recipe.rule.fbeta)
         loss, labels, score = self.gathered("train")
         seen = {"loss": loss} | counted_at(labels, score, figures["threshold"], beta)
-        self.log_dict({f"val_{k}": v for k, v in figures.items()} | {f"train_{k}": v for k, v in seen.items()})
+        self.figures = {f"val_{k}": v for k, v in figures.items()} | {f"train_{k}": v for k, v in seen.items()}
+        self.log_dict(self.figures)
         if self.plateau:
             self.plateau.step(figures[self.recipe.monitor])
 
     def gathered(self, side: str) -> tuple[float, np.ndarray, np.ndarray]:
         logits, labels = (torch.cat([part[k] for part in self.seen[side]]).cpu().double().numpy() for k in ("logits", "labels"))
         value = np.average([float(part["value"]) for part in self.seen[side]], weights=[len(part["labels"]) for part in self.seen[side]])
-        return float(value), labels, 1 / (1 + np.exp(-logits))
+        return float(value), labels, expit(logits)
 
     def configure_optimizers(self):
         recipe, stage = self.recipe, self.stage
@@ -199,7 +201,7 @@ class SliceModule(LightningModule):
 
 MODULES = {"slice": SliceModule}  # by a recipe's `kind`
 
-# %% ../nbs/04f_learning.ipynb #0d63d77d
+# %% ../nbs/04f_learning.ipynb #4cc1a639
 FIGURES = ("train_loss", "val_loss", "train_auprc", "val_auprc", "train_fbeta", "val_fbeta", "train_recall", "val_recall", "val_precision",
            "val_roc_auc")
 
@@ -217,8 +219,7 @@ class KeepBest(Callback):
         self.started, self.lr = time.perf_counter(), trainer.optimizers[0].param_groups[0]["lr"]
 
     def on_validation_end(self, trainer, module):
-        found = {k: float(v) for k, v in trainer.callback_metrics.items()}
-        monitor = module.recipe.monitor
+        found, monitor = module.figures, module.recipe.monitor
         figure = -found["val_loss"] if monitor == "loss" else found[f"val_{monitor}"]
         better = figure > self.best
         if better:
@@ -275,7 +276,7 @@ class Beside:
     workers: int = 0  # processes that read batches
     prefetch: int = 2  # batches that each of them reads ahead
 
-# %% ../nbs/04f_learning.ipynb #fcf157c6
+# %% ../nbs/04f_learning.ipynb #ed3027e3
 @contextmanager
 def quiet() -> Iterator[None]:
     "Keep Lightning's remarks on devices, loader workers and loggers out of the run's own lines."
@@ -290,21 +291,28 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    "Whether an error says that memory ran out, on a GPU or elsewhere."
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
 @contextmanager
 def memory_advice(recipe: Recipe) -> Iterator[None]:
     "When memory runs out, say which knob to turn."
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)):
+        if not out_of_memory(error):
             raise
-        half, more = max(1, recipe.batch_size // 2), recipe.accumulate * (2 if recipe.batch_size > 1 else 1)
-        raise MemoryError(
-            f"out of memory on {device().type}: {recipe.backbone}, {recipe.batch_size} slices of {recipe.preprocess.size} pixels. Use "
-            f"batch_size {half} with accumulate {more} (the same step in smaller bites), activation_checkpointing true (now "
-            f"{str(recipe.activation_checkpointing).lower()}), precision bf16-mixed, a smaller size or a smaller backbone") from error
+        half = recipe.batch_size // 2
+        more = -(-recipe.batch_size * recipe.accumulate // max(1, half))
+        knobs = [(half, f"batch_size {half} with accumulate {more} (nearly the same step in smaller bites)"),
+                 (not recipe.activation_checkpointing, "activation_checkpointing true"),
+                 ("mixed" not in precision(recipe.precision), "precision bf16-mixed"), (True, "a smaller size or backbone")]
+        raise MemoryError(f"out of memory on {device().type}: {recipe.backbone}, {recipe.batch_size} slices of {recipe.preprocess.size} "
+                          f"pixels. Use {', '.join(text for true, text in knobs if true)}") from error
 
-# %% ../nbs/04f_learning.ipynb #6df87939
+# %% ../nbs/04f_learning.ipynb #64ba1326
 def run_stage(
     module: LightningModule,  # a recipe's module; its network is trained in place and left with the best epoch's weights
     loaders: tuple[Any, Any],  # training and validation
@@ -320,6 +328,8 @@ def run_stage(
     last = beside.folder / f"{stage.name}.ckpt" if beside.folder else None
     callbacks += [Resume(last)] if last else []
     logging_to = instruments.loggers(beside.loggers, beside.logs, f"{beside.version}/{stage.name}") if beside.loggers else False
+    for logger in logging_to or ():
+        logger.log_hyperparams(flat(recipe))
     with quiet(), memory_advice(recipe):
         trainer = Trainer(
             max_epochs=stage.epochs, accelerator=device().type, devices=1, precision=precision(recipe.precision),
@@ -329,7 +339,7 @@ def run_stage(
     module.network.load_state_dict(best.weights)
     return best.history, instruments.tables(watching)
 
-# %% ../nbs/04f_learning.ipynb #14303945
+# %% ../nbs/04f_learning.ipynb #df15a826
 def build(
     recipe: Recipe,
     weights: str,  # the recipe's own, or "none" where others are loaded into it
@@ -364,7 +374,7 @@ def fit(
             history += kept["history"]
             continue
         seed, extra = drawn(recipe.seed, job, i), (beside.workers, beside.prefetch)
-        module = MODULES[recipe.kind](network, recipe, stage, seed, sets[0].labels.numpy())
+        module = MODULES[recipe.kind](network, recipe, stage, seed, met(recipe, sets[0].labels.numpy()))
         loaders = (datasets.train_loader(sets[0], recipe.batch_size, seed, recipe.balanced, 0, *extra),
                    datasets.score_loader(sets[1], 4 * recipe.batch_size, *extra))
         rows, tables = run_stage(module, loaders, beside, len(history))
@@ -372,6 +382,11 @@ def fit(
         if finished:
             finish_stage(finished, network, rows, tables)
     return network, history
+
+
+def met(recipe: Recipe, labels: np.ndarray) -> np.ndarray:
+    "The labels as training meets them: half and half where both classes are drawn equally often."
+    return np.array([0, 1]) if recipe.balanced else labels
 
 
 def finish_stage(path: Path, network: Module, history: list[dict], tables: dict[str, DataFrame]) -> None:
@@ -382,7 +397,7 @@ def finish_stage(path: Path, network: Module, history: list[dict], tables: dict[
     runs.whole(path, lambda p: torch.save({"weights": weights, "history": history}, p))
     path.with_suffix(".ckpt").unlink(missing_ok=True)
 
-# %% ../nbs/04f_learning.ipynb #1d001879
+# %% ../nbs/04f_learning.ipynb #ac893e89
 def restored(
     recipe: Recipe,
     folder: Path,  # of a network whose stages are all finished
@@ -403,11 +418,13 @@ def score(
 ) -> np.ndarray:  # float64, one for each of `rows`
     "Score slices."
     network = network.to(device()).eval()
-    logits = []
-    for i in range(0, len(rows), batch_size):
-        part = torch.from_numpy(images[rows[i : i + batch_size]]).to(device())
-        logits.append(network(prepare(part, network)).squeeze(1).cpu().double())
-    return torch.sigmoid(torch.cat(logits)).numpy()
+    one = lambda i: network(prepare(torch.from_numpy(images[rows[i : i + batch_size]]).to(device()), network)).squeeze(1).cpu().double()
+    try:
+        return torch.sigmoid(torch.cat([one(i) for i in range(0, len(rows), batch_size)])).numpy()
+    except (RuntimeError, MemoryError) as error:
+        if batch_size == 1 or not out_of_memory(error):
+            raise
+    return score(network, images, rows, batch_size // 2)
 
 # %% ../nbs/04f_learning.ipynb #36ac6994
 def epoch_line(

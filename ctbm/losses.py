@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MARGIN', 'LOSSES', 'WEIGHTED', 'smooth', 'bce', 'weighted_bce', 'focal', 'asymmetric', 'soft_fbeta', 'Objective',
-           'alpha_of', 'loss_named', 'l1_penalty']
+           'alpha_of', 'alpha_used', 'loss_named', 'l1_penalty']
 
 # %% ../nbs/04a_losses.ipynb #f33677f9
 from collections.abc import Callable
@@ -87,7 +87,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, float | None, float], Tensor]] = {
     "bce": bce, "weighted_bce": weighted_bce, "focal": focal, "asymmetric": asymmetric, "soft_fbeta": soft_fbeta}
 WEIGHTED = ("weighted_bce", "focal")  # those that need alpha
 
-# %% ../nbs/04a_losses.ipynb #9d053053
+# %% ../nbs/04a_losses.ipynb #a91e2408
 @dataclass(frozen=True)
 class Objective:
     "What training minimises."
@@ -102,7 +102,7 @@ class Objective:
         if self.focal_alpha is not None and not 0 < self.focal_alpha < 1:
             raise ValueError(f"focal_alpha {self.focal_alpha}: weight of a positive, between 0 and 1; null takes it from the labels")
         if not (self.focal_gamma == 0 or 1 <= self.focal_gamma <= 10):
-            raise ValueError(f"focal_gamma {self.focal_gamma}: 0 or 1 to 10; in between, the gradient of a sure answer is infinite")
+            raise ValueError(f"focal_gamma {self.focal_gamma}: 0, or 1 to 10 (between 0 and 1 sure answers have no finite gradient)")
         if not 0 <= self.label_smoothing <= 1 or not self.l1_lambda >= 0:
             raise ValueError(f"label_smoothing {self.label_smoothing}, l1_lambda {self.l1_lambda}: from 0 to 1, and not below 0")
 
@@ -116,15 +116,23 @@ def alpha_of(
         raise ValueError(f"{n} training labels, {positives} of them positive: alpha needs both classes, or give focal_alpha")
     return (n - positives) / n
 
-# %% ../nbs/04a_losses.ipynb #083f9d64
+# %% ../nbs/04a_losses.ipynb #f9262297
+def alpha_used(
+    objective: Objective,
+    labels: np.ndarray,  # int[n], as training meets them
+) -> float | None:  # None where the loss has no alpha
+    "The weight of a positive: the one that was given, else from the labels."
+    if objective.loss not in WEIGHTED:
+        return None
+    return alpha_of(labels) if objective.focal_alpha is None else objective.focal_alpha
+
+
 def loss_named(
     objective: Objective,
     labels: np.ndarray,  # int[n], of the training slices; read only where alpha is wanted and not given
 ) -> Callable[[Tensor, Tensor], Tensor]:  # logit float[b] and label float[b] to a scalar
     "The loss that an objective names."
-    loss, alpha = LOSSES[objective.loss], objective.focal_alpha
-    if alpha is None and objective.loss in WEIGHTED:
-        alpha = alpha_of(labels)
+    loss, alpha = LOSSES[objective.loss], alpha_used(objective, labels)
     return lambda logit, target: loss(logit.float(), smooth(target.float(), objective.label_smoothing), alpha, objective.focal_gamma)
 
 # %% ../nbs/04a_losses.ipynb #969da4fe

@@ -32,7 +32,7 @@ class Stage:
     patience: int  # epochs without improvement that are put up with; one more ends the stage
     trainable: int | tuple[str, ...] | None  # last n feature stages (0: classifier only), module names, or None for all
 
-# %% ../nbs/04b_recipes.ipynb #9d72f78b
+# %% ../nbs/04b_recipes.ipynb #fa43694b
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides a result."
@@ -48,8 +48,8 @@ class Recipe:
     dropout_p: float = 0.0  # before the classifier
     drop_path_p: float = 0.0  # stochastic depth, where the network has it
     balanced: bool = True  # draw both classes equally often
-    optimizer: str = "adamw"  # or "adam", "sgd"
-    schedule: str = "cosine"  # a name in SCHEDULES
+    optimizer: str = "adamw"  # "adamw", "adam" or "sgd"
+    schedule: str = "cosine"  # "constant", "cosine", "warmup_cosine", "one_cycle", "linear", "step", "exponential" or "plateau"
     plateau_factor: float = 0.5  # schedule "plateau": the rate is multiplied by this
     plateau_patience: int = 2  # ... when so many epochs and one more bring nothing better
     min_lr: float = 1e-6  # ... but it does not fall below this
@@ -115,7 +115,7 @@ def flat(
         values |= {f"{key}_{stage.name}": value for key, value in asdict(stage).items() if key != "name"}
     return values
 
-# %% ../nbs/04b_recipes.ipynb #c445fd39
+# %% ../nbs/04b_recipes.ipynb #e0542038
 def conform(
     name: str,  # for the message
     value: Any,
@@ -126,7 +126,7 @@ def conform(
         for option in get_args(hint):
             try: return conform(name, value, option)
             except ValueError: continue
-    elif hint == tuple[str, ...] and isinstance(value, str):
+    elif hint in (tuple, tuple[str, ...]) and isinstance(value, str):
         return tuple(word.strip() for word in value.split(",") if word.strip())
     elif get_origin(hint) is tuple and isinstance(value, (list, tuple)):
         inner = get_args(hint)
@@ -218,10 +218,12 @@ def check(
         raise ValueError(f"nothing would be trained: {', '.join(f'epochs_{stage.name}' for stage in recipe.stages)} are 0")
     return recipe
 
-# %% ../nbs/04b_recipes.ipynb #6aebac7f
+# %% ../nbs/04b_recipes.ipynb #ca1c9a95
 PUBLISHED = {
-    "slice_cv": {"crop": "published", "margin_px": 0, "floor": "published", "resize": "bilinear", "blur_p": 1.0, "selection": "published"},
-    "focal_f2": {"crop": "none", "fit": "squeeze", "elastic_magnitude": (0.5, 1.0), "normalise": False, "batch_size": 4},
+    "slice_cv": {"crop": "published", "margin_px": 0, "floor": "published", "resize": "bilinear", "blur_p": 1.0, "selection": "published",
+                 "calibration": "none"},
+    "focal_f2": {"backbone": "efficientnetv2_m", "crop": "none", "fit": "squeeze", "elastic_magnitude": (0.5, 1.0), "normalise": False,
+                 "batch_size": 4, "calibration": "none"},
 }
 DEMO = {
     "slice_cv": {"size": 96, "k_folds": 3, "batch_size": 32, "holdout_frac": 0.15, "dropout_p": 0.2, "rotate_deg": 10.0, "erase_p": 0.0,
@@ -231,7 +233,7 @@ DEMO = {
 }
 SCALES = ("demo", "full")
 
-# %% ../nbs/04b_recipes.ipynb #3604f8c2
+# %% ../nbs/04b_recipes.ipynb #23ba171a
 GRID_BASES = {
     "slice_cv": {"optimizer": "adamw", "lr_head": 3e-3, "lr_ft": 1.5e-4, "weight_decay_head": 5e-5, "weight_decay_ft": 7e-4,
                  "epochs_head": 12, "epochs_ft": 12, "patience_head": 2, "patience_ft": 2, "dropout_p": 0.3, "trainable_ft": None,
@@ -258,11 +260,10 @@ GRIDS = {
         "alpha_half": {"focal_alpha": 0.5},
         "plateau": {"schedule": "plateau"},
         "one_cycle": {"schedule": "one_cycle"},
-        "letterbox": {"fit": "letterbox", "resample_mm": None},
     },
 }
 
-# %% ../nbs/04b_recipes.ipynb #e2df99c1
+# %% ../nbs/04b_recipes.ipynb #229ed1c9
 def resolve(
     recipe: str = "slice_cv",
     scale: str = "full",  # "full" as published, "demo" for two cores and a small cohort
@@ -276,9 +277,12 @@ def resolve(
     if candidate is not None:
         known("grid candidate", candidate, grid)
     base = {k: v for k, v in GRID_BASES[recipe].items() if not (small and k.startswith(("epochs", "patience")))}
-    for layer in (small, base if candidate else {}, grid.get(candidate, {}), PUBLISHED[recipe] if published else {}):
+    for layer in (PUBLISHED[recipe] if published else {}, small, base if candidate else {}, grid.get(candidate, {})):
         resolved = override(resolved, layer)
-    return override(resolved, values or {})
+    resolved = override(resolved, values or {})
+    if resolved.k_folds > 1 and RECIPES[recipe].k_folds == 1 and "selection" not in (values or {}):
+        resolved = replace(resolved, selection="inner_holdout")
+    return resolved
 
 # %% ../nbs/04b_recipes.ipynb #30a4999c
 NULLABLE = ("clip_norm", "trainable_", "ft_trainable_attrs", "resample_mm")  # None is a value of its own

@@ -334,7 +334,7 @@ def outside(figure: dict[str, float], value: float) -> bool:
 
 def shift_names(rows: DataFrame) -> str: return ", ".join(f"{row['shift']} {plain(row['level'])}" for _, row in rows.iterrows())
 
-# %% ../nbs/07a_report.ipynb #e5426f22
+# %% ../nbs/07a_report.ipynb #7a9a1cd1
 GRID = np.linspace(0, 1, 101)
 
 
@@ -371,7 +371,7 @@ def plot_curve(
     if threshold is not None:
         at = thresholds.rates(y, p, threshold)
         place = (1 - at["spec"], at["sens"]) if kind == "roc" else (at["sens"], at["ppv"])
-        ax.plot(*place, "o", color=RED, ms=7, clip_on=False, zorder=5, label=f"threshold {threshold:.2f}")
+        ax.plot(*place, "o", color=RED, ms=7, clip_on=False, zorder=5, label=f"threshold {threshold:.4g}")
     names = ("1 − specificity", "sensitivity") if kind == "roc" else ("sensitivity (recall)", "PPV (precision)")
     ax.set(xlim=(0, 1), ylim=(0, 1.01), aspect="equal", xlabel=names[0], ylabel=names[1])
     ax.legend(loc="lower right" if kind == "roc" else "best")
@@ -437,7 +437,7 @@ def monitors(beta: float) -> dict[str, str]:
     "What can choose the epoch, in words."
     return {"auprc": "average precision", "fbeta": f"F{beta:g}", "roc_auc": "AUROC", "loss": "loss"}
 
-# %% ../nbs/07a_report.ipynb #a9791f33
+# %% ../nbs/07a_report.ipynb #4c49af67
 FIGURES = {"roc_auc": "AUROC", "auprc": "average precision", "sensitivity": "sensitivity", "specificity": "specificity", "ppv": "PPV",
            "npv": "NPV",
            "f1": "F1", "f2": "F2", "balanced_accuracy": "balanced accuracy"}
@@ -464,7 +464,7 @@ def summary(e: SimpleNamespace, n: dict[str, Any]) -> Section:
     table = figures_table({"test": figures["test"], "grey levels, test": n["slices"]["baseline"]["test"],
                            e.scores: figures[e.scores]},
                           ("roc_auc", "auprc", "sensitivity", "specificity", "ppv", "npv"))
-    note = (f"Slices, at the threshold {number(n['operating']['threshold'], 2)}. In brackets 95 % intervals; patients, not slices, are "
+    note = (f"Slices, at the threshold {n['operating']['threshold']:.4g}. In brackets 95 % intervals; patients, not slices, are "
             f"what was "
             "sampled. Grey levels: a baseline that sees no shapes.")
     return Section("Summary", "summary", ((loud,) * n["random_labels"] + (Text(what), Table(table, note), *verdicts(e, n))))
@@ -611,7 +611,7 @@ def training(e: SimpleNamespace, n: dict[str, Any]) -> Section:
                              "training curves"))
     return Section("Model and training", "training", tuple(blocks))
 
-# %% ../nbs/07a_report.ipynb #741ef7db
+# %% ../nbs/07a_report.ipynb #5e698e8a
 FITS = {"letterbox": "proportions kept", "squeeze": "squeezed into the square, proportions lost",
         "scale": "cut or padded, every pixel {resample_mm:g} mm wide"}
 
@@ -636,9 +636,8 @@ def augmentation_text(c: dict[str, Any]) -> str:
 
 def loss_text(e: SimpleNamespace) -> str:
     "What a wrong answer costs."
-    c, learnt = e.config, next(iter(parts(e).values()))
-    share = f"{losses.alpha_of(learnt.label.astype(int)):.3f} (the share of negatives in the training labels)"
-    alpha = share if c["focal_alpha"] is None else f"{c['focal_alpha']:g}"
+    c, alpha = e.config, e.manifest["focal_alpha"]
+    alpha = "" if alpha is None else f"{alpha:.3f}" + " (from the labels as training draws them)" * (c["focal_alpha"] is None)
     said = [(True, c["loss"]), (c["loss"] in losses.WEIGHTED, f"alpha {alpha}"),
             (c["loss"] in ("focal", "asymmetric"), f"gamma {c['focal_gamma']:g}"),
             (c["label_smoothing"], f"label smoothing {c['label_smoothing']:g}"), (c["l1_lambda"], f"L1 penalty {c['l1_lambda']:g}")]
@@ -674,7 +673,7 @@ def trains(stages: int | list[str] | None) -> str:
     if stages is None: return "all layers"
     return {0: "the classifier only"}.get(stages, f"the last {stages} stages") if isinstance(stages, int) else ", ".join(stages)
 
-# %% ../nbs/07a_report.ipynb #0928b409
+# %% ../nbs/07a_report.ipynb #2075fabd
 def discrimination(e: SimpleNamespace, n: dict[str, Any]) -> Section:
     "How well the scores rank."
     at, flows = n["operating"]["threshold"], n["flow"]
@@ -686,7 +685,7 @@ def discrimination(e: SimpleNamespace, n: dict[str, Any]) -> Section:
     counts, figures, grey = n["slices"]["counts"], n["slices"]["figures"], n["slices"]["baseline"]
     columns = {name: part[side] for side in ("test", e.scores) for name, part in ((side, figures), (f"grey levels, {side}", grey))}
     return Section("Discrimination", "discrimination", (
-        Table(figures_table(columns), f"Slices, threshold {number(at, 2)}, 95 % intervals. {e.scores.capitalize()} figures that need a "
+        Table(figures_table(columns), f"Slices, threshold {at:.4g}, 95 % intervals. {e.scores.capitalize()} figures that need a "
                                       "threshold are a little too good, because it was chosen on them. The baseline is gradient boosting "
                                       "on a histogram of grey levels."),
         Table(DataFrame({"called positive": [str(counts["tp"]), str(counts["fp"])],
@@ -696,7 +695,7 @@ def discrimination(e: SimpleNamespace, n: dict[str, Any]) -> Section:
         Figure(curves[1], f"Precision-recall curves with 95 % bands. {note} Dots mark the prevalence, which is what chance reaches.",
                "precision-recall curves")))
 
-# %% ../nbs/07a_report.ipynb #3e702d17
+# %% ../nbs/07a_report.ipynb #eaae19af
 def tradeoff(ax: "Axes", table: DataFrame, threshold: float) -> None:
     "The trade-off with its legend above."
     thresholds.plot_tradeoff(table, threshold, ax=ax)
@@ -709,7 +708,7 @@ def operating(e: SimpleNamespace, n: dict[str, Any]) -> Section:
     several = len(o["by_fold"]) > 1
     folds = "Folds on their own would have chosen {}. ".format(", ".join(number(v, 2) for v in o["by_fold"].values())) * several
     text = (f"Strategy {o['strategy']}{' (fallback)' * bool(o['fallback'])}: threshold "
-            f"{interval({'estimate': o['threshold'], 'low': o['low'], 'high': o['high']}, 2)}, chosen from {e.scores} scores. "
+            f"{interval({'estimate': o['threshold'], 'low': o['low'], 'high': o['high']}, 3)}, chosen from {e.scores} scores. "
             f"The interval comes from choosing again on resampled patients. {folds}"
             "It applies to the network's score, not to the calibrated probability.")
     cuts = thresholds.candidates(e.oof.score, e.chosen["threshold_candidates"])
@@ -754,7 +753,7 @@ def calibrating(e: SimpleNamespace, n: dict[str, Any]) -> Section:
         Figure(plots, "Test set. Points on the dotted line are what they say. Green: smoothed observed share with its 95 % band; black: "
                       "bins of equally many slices; below: where the probabilities of both classes lie.", "reliability before and after")))
 
-# %% ../nbs/07a_report.ipynb #b1ea29d8
+# %% ../nbs/07a_report.ipynb #9e01cd7d
 def deciding(e: SimpleNamespace, n: dict[str, Any]) -> Section:
     "What acting on the probability is worth, and what three zones would do."
     curve = decision.net_benefit(e.test.label, e.test.calibrated, groups=e.test.patient)
@@ -764,18 +763,20 @@ def deciding(e: SimpleNamespace, n: dict[str, Any]) -> Section:
     return Section("Decision curve and triage", "decision", (
         Figure((worth,), f"Decision curve ({about}), with a 95 % band, beside acting on all and on none. The model is worth using at "
                          f"threshold probabilities where it lies above both.", "decision curve"),
-        *triage_blocks(n["triage"]["stored"], n["triage"]["outcome"], "slices", e.scores),
+        *triage_blocks(e, n["triage"]["stored"], n["triage"]["outcome"], "slices"),
         Figure((zones,), f"Scores of both classes and the three zones ({about}).", "triage zones")))
 
-# %% ../nbs/07a_report.ipynb #8c8aa4e3
-def triage_blocks(triage: dict[str, Any], outcome: dict[str, Any], of: str, scores: str) -> list[Text | Table]:
+# %% ../nbs/07a_report.ipynb #3a39cfe9
+def triage_blocks(e: SimpleNamespace, triage: dict[str, Any], outcome: dict[str, Any], of: str) -> list[Text | Table]:
     "What was promised, and what happened."
     out, into = triage["rule_out_below"], triage["rule_in_from"]
     zones = [f"below {number(out)} they are ruled out" if out is not None else "none is ruled out",
              f"from {number(into)} they are ruled in" if into is not None else "none is ruled in"]
-    stand_in = "" if scores == "validation" else " which stand in for those of the final model,"
-    text = (f"Three zones of {of}: {', '.join(zones)}, the others are sent to review. Cut from {scores} scores,{stand_in} "
-            f"so that {EXPECTED[of].format(**triage)}, whatever the scores look like. The promise is about the "
+    stand_in = "" if e.scores == "validation" else " which stand in for those of the final model,"
+    seen = ", whatever the scores look like" if e.config["selection"] != "published" else (
+        "; not exactly, because the same scores chose the epoch")
+    text = (f"Three zones of {of}: {', '.join(zones)}, the others are sent to review. Cut from {e.scores} scores,{stand_in} "
+            f"so that {EXPECTED[of].format(**triage)}{seen}. The promise is about the "
             "average over patients like these; it does not travel to other hospitals.")
     lines = {k: figure for k, figure in outcome.items() if k in OUTCOMES[of]}
     table = DataFrame({"test set": [interval(figure) for figure in lines.values()]},
@@ -796,7 +797,7 @@ OUTCOMES = {  # what is shown of `decision.triage_outcome`; a patient's mean is 
                        "false_alarms_by_patient": "negatives ruled in, mean over patients" + PROMISED[1]},
     "patients": ZONED | {"missed": "positives ruled out" + PROMISED[0], "false_alarms": "negatives ruled in" + PROMISED[1]}}
 
-# %% ../nbs/07a_report.ipynb #400d0a67
+# %% ../nbs/07a_report.ipynb #92216f23
 def pooling(e: SimpleNamespace, n: dict[str, Any]) -> Section:
     "The same for patients."
     p = n["patients"]
@@ -810,9 +811,9 @@ def pooling(e: SimpleNamespace, n: dict[str, Any]) -> Section:
              "other rule; the maximum rises with the number of slices, whatever they show."),
         Table(rules, f"Test set: {size['patients']:,} patients, {size['positive']:,} positive; 95 % intervals."),
         Table(figures_table({side: p["figures"][side] for side in ("test", e.scores)}),
-              f"Patients, {p['rule']} of their slices, at the threshold {number(p['threshold'], 2)}, which the run's rule chose from "
+              f"Patients, {p['rule']} of their slices, at the threshold {p['threshold']:.4g}, which the run's rule chose from "
               f"{e.scores} patient scores."),
-        *triage_blocks(p["triage"], p["outcome"], "patients", e.scores),
+        *triage_blocks(e, p["triage"], p["outcome"], "patients"),
         Figure((svg(lambda ax: plot_curve(ax, p["scores"], "roc", p["threshold"], "patients, test")),
                 svg(lambda ax: plot_curve(ax, p["scores"], "pr", p["threshold"], "patients, test"))),
                f"Patients of the test set (n = {size['patients']:,}, {p['rule']} pooling): ROC and precision-recall curve with 95 % "
@@ -969,7 +970,7 @@ def facts_of_split(e: SimpleNamespace, n: dict[str, Any]) -> dict[str, str]:
             "validated": "one validation part" if single else f"{c['k_folds']} folds",
             "final": "the network that gave those scores is the final one" if single else "trained again on all development patients"}
 
-# %% ../nbs/07a_report.ipynb #bd2d7f89
+# %% ../nbs/07a_report.ipynb #e4fb4a14
 def facts_of_result(e: SimpleNamespace, n: dict[str, Any]) -> dict[str, str]:
     "How well it works, and how that is known."
     o, figures, pooled, s = n["operating"], n["slices"]["figures"], n["patients"]["figures"]["test"], n["shifts"]
@@ -977,7 +978,7 @@ def facts_of_result(e: SimpleNamespace, n: dict[str, Any]) -> dict[str, str]:
     better = n["slices"]["against_baseline"].loc["roc_auc"]
     kinds = lambda kind: 0 if e.errors is None else int((e.errors.kind == kind).sum())
     return {f"test_{k}": interval(v) for k, v in figures["test"].items()} | {f"patient_{k}": interval(v) for k, v in pooled.items()} | {
-        "threshold": interval({"estimate": o["threshold"], "low": o["low"], "high": o["high"]}, 2),
+        "threshold": interval({"estimate": o["threshold"], "low": o["low"], "high": o["high"]}, 3),
         "strategy": o["strategy"] + " (fallback)" * bool(o["fallback"]), "pooling": n["patients"]["rule"],
         "oof_roc_auc": interval(figures[e.scores]["roc_auc"]), "calibration": e.calibration["method"],
         "ahead": interval({"estimate": better.difference, "low": better.low, "high": better.high}),
@@ -1165,7 +1166,7 @@ def unlike(found: dict[str, SimpleNamespace]) -> DataFrame:
     said = DataFrame({name: [str(e.config.get(k, "–")) for k in names] for name, e in found.items()}, index=pd.Index(names, name="setting"))
     return said[said.nunique(axis=1) > 1]
 
-# %% ../nbs/07a_report.ipynb #d87d5c34
+# %% ../nbs/07a_report.ipynb #07669e48
 def comparison(
     a: SimpleNamespace,  # from `evidence`
     b: SimpleNamespace,
@@ -1195,8 +1196,8 @@ def compared_section(found: dict[str, SimpleNamespace], side: str) -> Section:
         Figure((drawn, svg(lambda ax: plot_pairs(ax, rows, cuts, ("A", "B")))),
                "ROC curves with 95 % bands, which overlap more than a paired test would suggest, and every slice with both scores, lines "
                "marking the thresholds.", "both models"),
-        Table(pairs_table(versus(people, at), ("A", "B")), f"Patients, {len(people):,}, {pooled} pooling; thresholds {number(at[0], 2)} "
-              f"and {number(at[1], 2)} from {a.scores} patient scores."),
+        Table(pairs_table(versus(people, at), ("A", "B")), f"Patients, {len(people):,}, {pooled} pooling; thresholds {at[0]:.4g} "
+              f"and {at[1]:.4g} from {a.scores} patient scores."),
         Text(f"{note}Several figures were looked at: p values are not adjusted for that.", "note")))
 
 # %% ../nbs/07a_report.ipynb #80e9abc5

@@ -122,7 +122,7 @@ def plot_confusion(
     ax.tick_params(length=0)
     return ax
 
-# %% ../nbs/07c_results.ipynb #3ed2f928
+# %% ../nbs/07c_results.ipynb #d4f20e9f
 def write_test(
     run: Path,
     test: DataFrame,  # slice_id, patient, label, score, baseline
@@ -143,7 +143,7 @@ def write_test(
         "baseline": evaluate.score(test.label, test.baseline, groups=test.patient)})
     table = confusion(counts)
     runs.write_table(run / "confusion_matrix.csv", table.reset_index())
-    save_figure(run / "confusion_matrix.png", plot_confusion(table, f"test set, threshold {threshold:.2f}"))
+    save_figure(run / "confusion_matrix.png", plot_confusion(table, f"test set, threshold {threshold:.4g}"))
     save_figure(run / "test_roc_curve.png", thresholds.plot_roc(test[["label", "score"]], threshold=threshold).set_title("test set"))
     save_figure(run / "test_pr_curve.png", thresholds.plot_pr(test[["label", "score"]], threshold=threshold).set_title("test set"))
 

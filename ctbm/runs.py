@@ -138,7 +138,7 @@ def git_commit() -> str | None:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     return subprocess.run(command, cwd=here, capture_output=True, text=True).stdout.strip() or None
 
-# %% ../nbs/04c_runs.ipynb #df1a7cb5
+# %% ../nbs/04c_runs.ipynb #be4d5365
 def scores_name(
     k_folds: int,  # 1: a single split into training, validation and test
 ) -> str:
@@ -158,7 +158,7 @@ def describe(
     canary = (run / "audit.json").is_file() and read_json(run / "audit.json")["random_labels"]
     lines = ["RANDOM LABELS: a canary; figures above chance, with one seed after another, mean a leak"] if canary else []
     lines += [f"run       {run}", f"recipe    {made['recipe']}, {made['backbone']}, scale {made['scale']}, seed {made['seed']}",
-              f"threshold {chosen['threshold']:.2f} ({how}), from {scores_name(made['k_folds'])} scores"]
+              f"threshold {chosen['threshold']:.4g} ({how}), from {scores_name(made['k_folds'])} scores"]
     lines += [f"          {remark}" for remark in chosen.get("remarks", [])]
     ranking, name = ("roc_auc", "auprc"), scores_name(made["k_folds"])
     for title, found, names in ((name, cv, ranking), ("test", test | {"oof": test["figures"]}, tuple(test["figures"]))):

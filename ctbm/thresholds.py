@@ -213,7 +213,7 @@ def remarks(
     ]
     return [text for true, text in found if true]
 
-# %% ../nbs/06_thresholds.ipynb #4b66339f
+# %% ../nbs/06_thresholds.ipynb #d095a5b3
 COLOURS = {"sensitivity": "#0072B2", "specificity": "#009E73", "PPV": "#D55E00", "F1": "#CC79A7"}  # Okabe and Ito, colour-blind safe
 
 
@@ -231,7 +231,7 @@ def plot_tradeoff(
         ax.plot(summary.threshold, mean, color=colour, label=name)
         if several: ax.fill_between(summary.threshold, (mean - std).clip(0, 1), (mean + std).clip(0, 1), color=colour, alpha=0.15, lw=0)
     if threshold is not None:
-        ax.axvline(threshold, color="0.3", ls="--", lw=1, label=f"threshold {threshold:.2f}")
+        ax.axvline(threshold, color="0.3", ls="--", lw=1, label=f"threshold {threshold:.4g}")
     ax.set(xlabel="threshold", ylabel="mean over folds, band ±1 SD" if several else "figure", xlim=(0, 1), ylim=(0, 1.02))
     ax.legend(loc="lower center", ncols=3, frameon=False)
     return ax
@@ -270,7 +270,7 @@ def plot_pr(
     ax.legend(loc="lower left", frameon=False)
     return ax
 
-# %% ../nbs/06_thresholds.ipynb #bbf653b3
+# %% ../nbs/06_thresholds.ipynb #6407f01b
 def _on_grid(x: np.ndarray, y: np.ndarray, start: float) -> np.ndarray:
     values = np.interp(GRID, x, y)
     values[0] = start
@@ -295,9 +295,9 @@ def _curves(scores, curve, area, name, ax):
 def _mark(scores, threshold, place, ax):
     if threshold is not None:
         x, y = place(rates(scores.label, scores.score, threshold))
-        ax.plot(x, y, "o", color="#D55E00", ms=7, clip_on=False, zorder=5, label=f"threshold {threshold:.2f}")
+        ax.plot(x, y, "o", color="#D55E00", ms=7, clip_on=False, zorder=5, label=f"threshold {threshold:.4g}")
 
-# %% ../nbs/06_thresholds.ipynb #bb6a042a
+# %% ../nbs/06_thresholds.ipynb #80752e86
 def plot_at(
     oof: DataFrame,  # fold, label, score
     threshold: float,
@@ -311,7 +311,7 @@ def plot_at(
     sns.histplot(names, x="score", hue="finding", hue_order=["negative", "positive"], palette=["#0072B2", "#D55E00"],
                  bins=np.linspace(0, 1, 41), stat="density", common_norm=False, element="step", ax=left)
     left.axvline(threshold, color="0.2", ls="--", lw=1)
-    left.set(xlim=(0, 1), ylabel="density within class", title=f"threshold {threshold:.2f}")
+    left.set(xlim=(0, 1), ylabel="density within class", title=f"threshold {threshold:.4g}")
     at = DataFrame([{"fold": f} | rates(p.label, p.score, threshold) for f, p in oof.groupby("fold")])
     named = at.rename(columns=dict(zip(("sens", "spec", "ppv", "f1"), COLOURS, strict=True)))
     long = named.melt("fold", list(COLOURS), "figure", "value")

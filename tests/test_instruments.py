@@ -55,7 +55,9 @@ class Module(LightningModule):
 
     def validation_step(self, batch, index): return self.step(batch) | {"loss": None}
 
-    def on_validation_epoch_end(self): self.log("val_threshold", 0.3 + self.current_epoch / 100)
+    def on_validation_epoch_end(self):
+        self.figures = {"val_threshold": 0.3 + self.current_epoch / 100}
+        self.log_dict(self.figures)
 
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.parameters(), lr=0.05)

@@ -30,14 +30,6 @@ def small():
     return torchvision_network("s")
 
 
-@pytest.fixture
-def forget_weights():
-    "What was found out about weights in one test is not true in another."
-    models.find_weights.cache_clear()
-    yield
-    models.find_weights.cache_clear()
-
-
 def original(network):
     "A state dict as the original's wrapper gave it."
     return {"epoch": 15, "val_fbeta": 0.8, "best_threshold": 0.45,

@@ -156,7 +156,7 @@ def test_a_single_split_is_told_as_one(run, tmp_path, selection):
         assert f"{100 * part.patient.nunique() / split.patient.nunique():.0f} % {side}" in text
         assert f"{side} (n = {len(part):,} slices)" in text
     alpha = 1 - split[split.fold == 1].label.mean()
-    assert f"focal, alpha {alpha:.3f} (the share of negatives in the training labels), gamma 2" in text
+    assert f"focal, alpha {alpha:.3f} (from the labels as training draws them), gamma 2" in text
     assert "elastic deformation" in text and "every pixel 2.25 mm wide" in text and "by F2 on" in text
     assert ("Epoch and threshold were chosen on the same validation slices" in text) == (selection == "published")
     assert "The patients were split once" in text and "parts of the validation patients" in text

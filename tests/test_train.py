@@ -10,35 +10,15 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
-from sklearn.metrics import fbeta_score
 
 from ctbm import calibration, cli, datasets, decision, evaluate, failures, learning, models, recipes, runs, train
-from tests.conftest import ROOT
-
-SMALL = {"scale": "demo", "backbone": "resnet10t", "weights": "none", "size": 32, "epochs_head": 0, "epochs_ft": 2, "k_folds": 2,
-         "num_workers": 1}
-
-
-@pytest.fixture(scope="module")
-def workplace(cohort_folder, tmp_path_factory) -> dict:
-    "Where the runs of this file go."
-    place = tmp_path_factory.mktemp("runs")
-    return {"data_root": str(cohort_folder), "outputs": str(place / "outputs"), "packs": str(place / "packs")}
+from tests.conftest import FOCAL, ROOT, SMALL, oof, papermill
 
 
 @pytest.fixture(scope="module")
 def finished(workplace) -> Path:
     "One small run."
     return train.run(**workplace, **SMALL)
-
-
-def oof(run: Path) -> pd.DataFrame:
-    return pd.read_csv(run / "oof_predictions.csv")
-
-
-def papermill(tmp_path, *parameters) -> subprocess.CompletedProcess:
-    words = [sys.executable, "-m", "papermill", "nbs/05_train.ipynb", str(tmp_path / "out.ipynb"), "--no-progress-bar"]
-    return subprocess.run([*words, *map(str, parameters)], cwd=ROOT, capture_output=True, text=True)
 
 
 def test_run_folder_holds_every_artefact(finished):
@@ -311,14 +291,6 @@ def test_planted_overlap_is_refused(finished):
             datasets.check_split(table.assign(fold=table.fold.where(table.index != row, fold)))
 
 
-@pytest.fixture
-def forget_weights():
-    "What was found out about weights in one test is not true in another."
-    models.find_weights.cache_clear()
-    yield
-    models.find_weights.cache_clear()
-
-
 def test_imagenet_weights_come_from_the_hub_s_cache(tmp_path, monkeypatch, forget_weights):
     import timm
     from safetensors.torch import save_file
@@ -345,131 +317,9 @@ def test_weights_that_cannot_be_had_are_an_error_or_said_loudly(tmp_path, monkey
         assert models.provenance("resnet18", "auto")["used"] == "random"
 
 
-FOCAL = {"recipe": "focal_f2", "scale": "demo", "weights": "none", "size": 32, "resample_mm": 6.0, "epochs_all": 3, "num_workers": 1,
-         "checkpoint_every": 2}
-
-
-@pytest.fixture(scope="module")
-def focal(workplace) -> Path:
-    "One small run of the focal-loss pipeline, everything measured."
-    return train.run(**workplace, **FOCAL, instruments=["all"], loggers=["tensorboard"])
-
-
-def test_a_single_split_learns_chooses_and_tests_on_three_groups_of_patients(focal):
-    split = pd.read_csv(focal / "split.csv")
-    share = split.drop_duplicates("patient").fold.map({-1: "test", 0: "validation", 1: "training"}).value_counts(normalize=True)
-    assert abs(share["training"] - 0.7) < 0.05 and abs(share["validation"] - 0.15) < 0.04 and abs(share["test"] - 0.15) < 0.04
-    assert split.groupby("patient").fold.nunique().eq(1).all()
-    assert set(oof(focal).id) == set(split.slice_id[split.fold == 0]), "operating point and epoch come from validation scores only"
-    history, chosen = pd.read_csv(focal / "history.csv"), runs.read_json(focal / "threshold_selection.json")
-    best = history[history.best].iloc[-1]
-    assert best.val_fbeta == history.val_fbeta.max() and chosen["strategy"] == "max_fbeta" and len(history) == 3
-    scores = oof(focal)
-    f2 = lambda cut: fbeta_score(scores.label, scores.score >= cut, beta=2)
-    assert f2(chosen["threshold"]) == pytest.approx(max(map(f2, scores.score)), abs=1e-12), "no threshold does better"
-    assert chosen["row"]["fbeta_mean"] == pytest.approx(f2(chosen["threshold"]), abs=1e-12)
-    assert runs.read_json(focal / "manifest.json")["focal_alpha"] == pytest.approx(1 - split.label[split.fold == 1].mean())
-    assert "validation (" in runs.describe(focal) and "out-of-fold" not in runs.describe(focal)
-
-
-def test_checkpoints_have_the_published_layout_and_load_without_pickle(focal):
-    "best_model.pth and every second epoch; the best is the final model."
-    there = {path.name for path in (focal / "checkpoints").iterdir()}
-    assert there == {"best_model.pth", "checkpoint_epoch_2.pth"}
-    best = torch.load(focal / "checkpoints" / "best_model.pth", weights_only=True)
-    assert {"epoch", "model_state_dict", "optimizer_state_dict", "train_loss", "val_loss", "train_fbeta", "val_fbeta", "train_recall",
-            "val_recall", "train_avg_precision", "val_avg_precision", "best_threshold"} == set(best)
-    assert all(type(v) in (int, float) for k, v in best.items() if not k.endswith("state_dict"))
-    final = load_file(focal / "final_model_state_dict.safetensors")
-    assert all(torch.equal(v, final[k]) for k, v in best["model_state_dict"].items())
-    history = pd.read_csv(focal / "history.csv")
-    assert best["epoch"] == history.epoch[history.best].iloc[-1] - 1 and not (focal / "folds" / "cv" / "fold_0").exists()
-
-
-def test_instruments_leave_tables_pictures_and_logs(focal):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    batches, epochs = (pd.read_parquet(focal / "instruments" / f"{name}.parquet") for name in ("batches", "epochs"))
-    assert set(batches.epoch) == {1, 2, 3} and batches.gradient_norm.gt(0).all() and batches.fold.eq("0").all()
-    slices = pd.read_csv(focal / "split.csv").fold.eq(0).sum()
-    counted = epochs[epochs.side == "validation"].dropna(subset="tp")
-    assert (counted[["tp", "fp", "fn", "tn"]].sum(axis=1) == slices).all()
-    assert len(list((focal / "instruments").glob("*.png"))) >= 5
-    events = EventAccumulator(str(next((focal / "tensorboard").rglob("events.*")).parent))
-    events.Reload()
-    assert {"val_fbeta", "train_loss"} <= set(events.Tags()["scalars"])
-
-
-def test_watching_changes_nothing(focal, workplace):
-    plain = train.run(**workplace, **FOCAL | {"checkpoint_every": 0})
-    assert np.array_equal(oof(plain).score, oof(focal).score) and not (plain / "checkpoints").exists()
-    assert np.array_equal(pd.read_csv(plain / "test_predictions.csv").prob, pd.read_csv(focal / "test_predictions.csv").prob)
-    assert not (plain / "instruments").exists() and not (plain / "tensorboard").exists()
-
-
-KILLED = """
-import os, signal, sys
-from ctbm import learning, train
-step, seen = learning.SliceModule.training_step, []
-def training_step(self, batch, index):
-    if self.current_epoch == 1 and index == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, batch, index)
-learning.SliceModule.training_step = training_step
-train.run(**{values!r})
-"""
-
-
-def test_run_killed_in_the_middle_of_an_epoch_resumes_to_the_same_weights(focal, workplace, tmp_path):
-    values = workplace | FOCAL | {"outputs": str(tmp_path / "outputs"), "instruments": ["all"]}
-    dead = subprocess.run([sys.executable, "-c", KILLED.format(values=values)], cwd=ROOT, capture_output=True, text=True)
-    assert dead.returncode == -9, dead.stderr[-2000:]
-    (partial,) = (tmp_path / "outputs").glob("*.partial")
-    assert (partial / "folds" / "cv" / "fold_0" / "all.ckpt").is_file()
-    resumed = train.run(resume=str(partial))
-    before, after = (load_file(run / "final_model_state_dict.safetensors") for run in (focal, resumed))
-    assert all(torch.equal(before[k], after[k]) for k in before)
-    same = ["epoch", "train_loss", "val_loss", "val_fbeta", "threshold", "best"]
-    assert pd.read_csv(resumed / "history.csv")[same].equals(pd.read_csv(focal / "history.csv")[same])
-    norms = [pd.read_parquet(run / "instruments" / "batches.parquet").gradient_norm for run in (focal, resumed)]
-    assert np.array_equal(*norms), "what was measured before the kill is kept, and nothing twice"
-
-
 def test_both_recipes_have_the_same_folds(finished, workplace):
     run = train.run(**workplace, **FOCAL | {"epochs_all": 1, "k_folds": 2, "selection": "inner_holdout"})
     a, b = (pd.read_csv(each / "split.csv").set_index("slice_id").sort_index() for each in (finished, run))
     assert a.equals(b)
     assert set(pd.read_csv(run / "history.csv").fold.astype(str)) == {"0", "1", "final"}
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"fold_0", "fold_1", "final"}
-
-
-def test_limit_leaves_patients_out_and_says_so(workplace):
-    run = train.run(**workplace, **FOCAL | {"epochs_all": 1}, limit=60)
-    table, split = pd.read_parquet(run / "features_df.parquet"), pd.read_csv(run / "split.csv")
-    assert 40 <= len(split) <= 60 and (table.problem == "left out: limit 60").sum() == len(table) - len(split)
-    everyone = pd.read_csv(run / "labels_clean.csv", dtype={"ID": str})
-    assert len(everyone) == len(table) and {"ID", "Label"} <= set(everyone)
-
-
-def test_papermill_runs_the_second_recipe(workplace, tmp_path):
-    values = FOCAL | workplace | {"epochs_all": 1, "instruments": "gradient_norm, confusion"}
-    done = papermill(tmp_path, *[word for name, value in values.items() for word in ("-p", name, value)])
-    assert done.returncode == 0, done.stderr[-3000:]
-    run = runs.latest(workplace["outputs"])
-    assert runs.read_json(run / "manifest.json")["recipe"] == "focal_f2" and (run / "instruments" / "batches.parquet").is_file()
-    assert "Train Loss:" in (tmp_path / "out.ipynb").read_text() and "Best Threshold:" in (tmp_path / "out.ipynb").read_text()
-
-
-def test_help_lists_the_options_of_the_recipe(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["train", "--recipe", "focal_f2", "--help"])
-    said = capsys.readouterr().out
-    assert "--lr-all" in said and "--focal-gamma" in said and "--lr-head" not in said and "the recipe, focal_f2" in said
-
-
-def test_memory_that_runs_out_is_one_line_with_the_knobs(workplace, monkeypatch, capfd):
-    def full(self, batch, index): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    monkeypatch.setattr(learning.SliceModule, "training_step", full)
-    options = FOCAL | workplace
-    assert cli.main(["train", *[word for k, v in options.items() for word in (f"--{k.replace('_', '-')}", str(v))]]) == 2
-    said = capfd.readouterr().err
-    assert "batch_size 16 with accumulate 2" in said and "activation_checkpointing" in said
