@@ -233,7 +233,7 @@ DEMO = {
 }
 SCALES = ("demo", "full")
 
-# %% ../nbs/04b_recipes.ipynb #23ba171a
+# %% ../nbs/04b_recipes.ipynb #d6d7ed5d
 GRID_BASES = {
     "slice_cv": {"optimizer": "adamw", "lr_head": 3e-3, "lr_ft": 1.5e-4, "weight_decay_head": 5e-5, "weight_decay_ft": 7e-4,
                  "epochs_head": 12, "epochs_ft": 12, "patience_head": 2, "patience_ft": 2, "dropout_p": 0.3, "trainable_ft": None,
@@ -259,7 +259,7 @@ GRIDS = {
         "weighted_bce": {"loss": "weighted_bce"},
         "alpha_half": {"focal_alpha": 0.5},
         "plateau": {"schedule": "plateau"},
-        "one_cycle": {"schedule": "one_cycle"},
+        "warmup_cosine": {"schedule": "warmup_cosine"},
     },
 }
 
