@@ -6,8 +6,7 @@
 __all__ = ['KEYS', 'NUMPY', 'HARMLESS', 'LAYERS', 'TORCHVISION', 'write', 'on_cpu', 'read', 'tensors', 'unwrapped',
            'torchvision_names', 'renamed', 'misfit', 'unlike', 'load_checkpoint']
 
-# %% ../nbs/04d_checkpoints.ipynb #633faeec
-import os
+# %% ../nbs/04d_checkpoints.ipynb #93e15dae
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,9 @@ from torch.optim import Optimizer
 from torch.serialization import safe_globals
 from torchvision.models import get_model
 
-# %% ../nbs/04d_checkpoints.ipynb #13a5f9a8
+from . import runs
+
+# %% ../nbs/04d_checkpoints.ipynb #5c774292
 KEYS = {  # the original's name of a figure, and the history's
     "train_loss": "train_loss", "val_loss": "val_loss", "train_fbeta": "train_fbeta", "val_fbeta": "val_fbeta",
     "train_recall": "train_recall", "val_recall": "val_recall",
@@ -39,15 +40,8 @@ def write(
     "Write a checkpoint whole or not at all."
     content = {"epoch": int(row["epoch"]) - 1, "model_state_dict": on_cpu(network.state_dict()),
                "optimizer_state_dict": on_cpu(optimizer.state_dict())} | {key: float(row[name]) for key, name in KEYS.items()}
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        torch.save(content, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return runs.whole(path, lambda p: torch.save(content, p))
 
 
 def on_cpu(

@@ -495,7 +495,7 @@ def plot_throughput(
     named(upper, table, {"each fold": stroke("0", 2, BLUE)} if table.fold.nunique() > 1 else {"": {}})
     return fig
 
-# %% ../nbs/04e_instruments.ipynb #eb309afa
+# %% ../nbs/04e_instruments.ipynb #73282465
 def pictures(
     tables: dict[str, DataFrame],  # with `fold`, a text
 ) -> Iterator[tuple[str, "Figure"]]:  # name of the file, picture
@@ -516,14 +516,12 @@ def write(
     tables: dict[str, DataFrame],  # from `tables`, with a column `fold`
 ) -> None:
     "Write the tables as parquet and their pictures as PNG."
-    import matplotlib.pyplot as plt
     folder.mkdir(parents=True, exist_ok=True)
     tables = {name: table.assign(fold=table.fold.astype(str)).reset_index(drop=True) for name, table in tables.items()}
     for name, table in tables.items():
         runs.write_table(folder / f"{name}.parquet", table)
     for name, figure in pictures(tables):
-        runs.whole(folder / f"{name}.png", lambda path: figure.savefig(path, dpi=120, format="png"))
-        plt.close(figure)
+        runs.save_figure(folder / f"{name}.png", figure)
 
 # %% ../nbs/04e_instruments.ipynb #b97f02e1
 def tensorboard(folder: Path, version: str) -> Logger:

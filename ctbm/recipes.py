@@ -186,10 +186,10 @@ def locate(
     key, _, stage = name.rpartition("_")
     return Stage, key, stages[stage]
 
-# %% ../nbs/04b_recipes.ipynb #eb188b8a
+# %% ../nbs/04b_recipes.ipynb #4d7d9543
 LIMITS = {
-    "test_size": (0.01, 0.9), "holdout_frac": (0.01, 0.9), "label_smoothing": (0, 1), "dropout_p": (0, 0.99), "k_folds": (1, 100),
-    "drop_path_p": (0, 0.99), "focal_alpha": (0, 1), "focal_gamma": (0, 100), "l1_lambda": (0, inf), "resample_mm": (0.01, 100),
+    "test_size": (0.01, 0.9), "holdout_frac": (0.01, 0.9), "dropout_p": (0, 0.99), "k_folds": (1, 100),
+    "drop_path_p": (0, 0.99), "resample_mm": (0.01, 100),
     "plateau_factor": (0.01, 0.99), "plateau_patience": (0, inf), "min_lr": (0, inf), "accumulate": (1, 65536),
     "checkpoint_every": (0, inf), "elastic_p": (0, 1), "elastic_spacing": (2, 1000), "elastic_magnitude": (0, 1000),
     "batch_size": (1, 65536), "seed": (0, 2**32 - 1), "clip_norm": (1e-9, inf),

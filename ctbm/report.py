@@ -1166,7 +1166,7 @@ def unlike(found: dict[str, SimpleNamespace]) -> DataFrame:
     said = DataFrame({name: [str(e.config.get(k, "–")) for k in names] for name, e in found.items()}, index=pd.Index(names, name="setting"))
     return said[said.nunique(axis=1) > 1]
 
-# %% ../nbs/07a_report.ipynb #07669e48
+# %% ../nbs/07a_report.ipynb #949a7666
 def comparison(
     a: SimpleNamespace,  # from `evidence`
     b: SimpleNamespace,
@@ -1192,7 +1192,7 @@ def compared_section(found: dict[str, SimpleNamespace], side: str) -> Section:
     note = "The thresholds were chosen on these scores, so figures that need one are a little too good for both. " * (side == "oof")
     return Section(title, side, (
         Table(pairs_table(versus(rows, cuts), ("A", "B")), f"Slices. Difference: B less A, with its 95 % interval; thresholds "
-              f"{number(cuts[0], 2)} and {number(cuts[1], 2)}, each run's own."),
+              f"{cuts[0]:.4g} and {cuts[1]:.4g}, each run's own."),
         Figure((drawn, svg(lambda ax: plot_pairs(ax, rows, cuts, ("A", "B")))),
                "ROC curves with 95 % bands, which overlap more than a paired test would suggest, and every slice with both scores, lines "
                "marking the thresholds.", "both models"),

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# %% ../nbs/06_thresholds.ipynb #bce52a3a
+# %% ../nbs/06_thresholds.ipynb #1ad3d96b
 THRESHOLDS = np.round(np.arange(1, 20) * 0.05, 2)  # 0.05 to 0.95, the original's 19 points
 
 
@@ -32,12 +32,13 @@ def rates(
     label: np.ndarray,  # 0 or 1
     score: np.ndarray,  # float
     threshold: float,  # a score at or above it is called positive
+    beta: float = 2.0,  # of `fbeta`
 ) -> dict[str, float]:  # counts and ratios; a ratio without a denominator is NaN
     "Counts and ratios at one threshold."
     label, called = np.asarray(label) == 1, np.asarray(score) >= threshold
     tp, fp = int((label & called).sum()), int((~label & called).sum())
     fn, tn = int((label & ~called).sum()), int((~label & ~called).sum())
-    return ratios(tp, tn, fp, fn) | {"tp": tp, "tn": tn, "fp": fp, "fn": fn, "p": tp + fn, "n": tn + fp}
+    return ratios(tp, tn, fp, fn, beta) | {"tp": tp, "tn": tn, "fp": fp, "fn": fn, "p": tp + fn, "n": tn + fp}
 
 
 def ratios(

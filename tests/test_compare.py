@@ -84,3 +84,16 @@ def test_papermill_compares_finished_runs(pair, tmp_path):
 def test_papermill_refuses_what_it_does_not_know(tmp_path):
     done = papermill(tmp_path / "out.ipynb", "-p", "k_fold", "3")
     assert done.returncode != 0 and "did you mean 'k_folds'" in done.stderr
+
+
+def test_papermill_trains_every_recipe_on_the_same_folds(cohort_folder, tmp_path):
+    tiny = {"data_root": str(cohort_folder), "outputs": str(tmp_path / "outputs"), "packs": str(tmp_path / "packs"), "scale": "demo",
+            "k_folds": 2, "backbone": "resnet10t", "weights": "none", "size": 32, "epochs_head": 0, "epochs_ft": 1, "epochs_all": 1,
+            "num_workers": 1}
+    done = papermill(tmp_path / "out.ipynb", "-y", json.dumps(tiny))
+    assert done.returncode == 0, done.stderr[-2000:]
+    finished = sorted((tmp_path / "outputs").iterdir())
+    configs = [runs.read_json(run / "effective_config.json") for run in finished]
+    assert {(c["recipe"], c["backbone"], c["selection"]) for c in configs} == {
+        (recipe, "resnet10t", "inner_holdout") for recipe in ("slice_cv", "focal_f2")}
+    assert len(report.differences(finished)) == 24
