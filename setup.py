@@ -30,7 +30,7 @@ setup(
     packages=find_packages(include=["ctbm", "ctbm.*"]),
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": f"{cfg['dev_requirements']} {cfg['loggers_requirements']}".split(),
-                    "loggers": cfg["loggers_requirements"].split()},
+    extras_require={"dev": f"{cfg['dev_requirements']} {cfg['loggers_requirements']} {cfg['export_requirements']}".split(),
+                    "loggers": cfg["loggers_requirements"].split(), "export": cfg["export_requirements"].split()},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
 )

@@ -9,7 +9,7 @@ __all__ = ['CT_CLASSES', 'SECONDARY_CAPTURE', 'JPEG', 'LOSSY_JPEG', 'APPROXIMATE
            'spacings', 'missing_slices', 'images', 'kind', 'series', 'read_labels', 'clean_labels', 'join_labels',
            'usable', 'checks', 'findings', 'describe']
 
-# %% ../nbs/00_cohort.ipynb #dc62060f
+# %% ../nbs/00_cohort.ipynb #93cc4789
 import codecs
 import os
 import sys
@@ -30,41 +30,7 @@ from pydicom.tag import Tag
 from pydicom.uid import UID
 from tqdm import tqdm
 
-# %% ../nbs/00_cohort.ipynb #3ff8367a
-def _files(
-    folder: Path,
-) -> Iterator[tuple[str, str | None]]:  # path, and its problem where that is known before the file is opened
-    "Every file below `folder`, in a stable order."
-    visited, refused = set(), []
-    for here, folders, names in os.walk(folder, followlinks=True, onerror=refused.append):
-        place = os.path.realpath(here)
-        if place in visited:
-            folders.clear(); continue
-        visited.add(place)
-        yield from ((os.path.join(here, name), "hidden folder: not entered") for name in sorted(folders) if name.startswith("."))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from ((os.path.join(here, name), None) for name in sorted(names))
-    yield from ((error.filename, f"unreadable: {error.strerror}") for error in refused)
-
-# %% ../nbs/00_cohort.ipynb #2d25bb69
-def _listing(
-    folder: str | Path,
-) -> list[tuple[str, str | None]]:  # as `_files` gives them
-    "The files below `folder`; a folder that is absent or empty is an error that says where it was looked for."
-    folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise FileNotFoundError(f"{folder} {what} (looked at {folder.absolute()}): name the folder that holds the DICOM files")
-    files = list(_files(folder))
-    if not files: raise FileNotFoundError(f"{folder} holds no file (looked below {folder.absolute()})")
-    return files
-
-# %% ../nbs/00_cohort.ipynb #8631f8cb
-def _is_dicom(
-    start: bytes,  # the first 132 bytes
-) -> bool:
-    "Whether a file starts as DICOM does: with its marker, or at once with group 0002 or 0008."
-    return start[128:132] == b"DICM" or start[:2] in (b"\x02\x00", b"\x08\x00", b"\x00\x08")
+from .sources import Listed, is_dicom, opened
 
 # %% ../nbs/00_cohort.ipynb #d12e3364
 def _groups(
@@ -204,12 +170,13 @@ def tilt_deg(
     x, y, z = normal
     return degrees(atan2(hypot(x, y), abs(z)))
 
-# %% ../nbs/00_cohort.ipynb #ef2a7e65
+# %% ../nbs/00_cohort.ipynb #98676abf
 COLUMNS = {  # column: what an image that lacks it gets
     "path": None, "frame": 0, "slice_id": None, "patient": None, "patient_from": None, "study": None, "series": None,
     "position_mm": nan, "rows": 0, "cols": 0, "row_mm": nan, "col_mm": nan, "thickness_mm": nan, "tilt_deg": nan,
     "manufacturer": None, "kernel": None, "photometric": None, "transfer_syntax": None, "problem": None,
     "instance": None, "person": None, "folder": None, "tilt_tag_deg": nan, "padding": nan, "lossy": False,
+    "contrast": None,
 }
 
 # %% ../nbs/00_cohort.ipynb #1f570f93
@@ -245,7 +212,7 @@ def _geometry(
     return dict(position_mm=position_mm(_numbers(groups, "ImagePositionPatient", 3), normal), row_mm=row_mm, col_mm=col_mm,
                 thickness_mm=thickness, tilt_deg=tilt if isfinite(tilt) else abs(tag), tilt_tag_deg=tag)
 
-# %% ../nbs/00_cohort.ipynb #b6a981f9
+# %% ../nbs/00_cohort.ipynb #db71f91a
 def _frame(
     header: Dataset,
     frame: int,
@@ -259,7 +226,7 @@ def _frame(
     return _identity(header, slice_id) | _geometry(groups) | dict(
         frame=frame, slice_id=slice_id, problem=problem or _value_problem(groups, transfer_syntax) or missing,
         manufacturer=_text(groups, "Manufacturer"), kernel=_text(groups, "ConvolutionKernel"),
-        photometric=_text(groups, "PhotometricInterpretation"))
+        photometric=_text(groups, "PhotometricInterpretation"), contrast=_text(groups, "ContrastBolusAgent"))
 
 # %% ../nbs/00_cohort.ipynb #63a936a7
 def _shape(
@@ -292,7 +259,7 @@ def _image_rows(
     return [image | _frame(header, frame, _slice_id(path) + (f"#{frame}" if frames > 1 else ""), syntax, problem, missing)
             for frame in range(frames)]
 
-# %% ../nbs/00_cohort.ipynb #d9dceba0
+# %% ../nbs/00_cohort.ipynb #0364e346
 def _rows(
     path: str,
 ) -> list[dict]:
@@ -304,8 +271,9 @@ def _rows(
             with open(path, "rb") as file:
                 start = file.read(132)
                 file.seek(0)
-                if _is_dicom(start): return _image_rows(file, path)
+                if is_dicom(start): return _image_rows(file, path)
             problem = "not DICOM: no DICOM marker at its start" if start else "empty file: 0 bytes"
+            if path.lower().endswith(".zip") and start: problem = "not DICOM: a zip among other files is not opened; give it by itself"
     except Exception as error:  # a hostile file can fail anywhere in the parser; the reason is recorded
         problem = f"unreadable: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
     return [dict(path=path, slice_id=_slice_id(path), problem=problem)]
@@ -342,17 +310,16 @@ def _table(
     table["person"] = persons.mask(persons < 0)
     return _ordered(table)
 
-# %% ../nbs/00_cohort.ipynb #5d3a38ec
+# %% ../nbs/00_cohort.ipynb #23220970
 CHUNK = 64  # files a task: about 30 ms of work
 WORTH_PROCESSES = 1_000  # files; below, starting processes takes longer than the reading
 
 
-def scan(
-    folder: str | Path,  # searched with everything below it
-    jobs: int | None = None,  # processes; None: all cores, or one for a small folder
-) -> pd.DataFrame:  # one row per image or frame of every file; `problem` is None for a usable CT image
-    "Read every header below `folder` into one table, without decoding a pixel."
-    files = _listing(folder)
+def _read(
+    files: list[Listed],
+    jobs: int | None,
+) -> list[dict]:
+    "The rows of all files."
     rows = [dict(path=path, slice_id=_slice_id(path), problem=problem) for path, problem in files if problem]
     paths = [path for path, problem in files if not problem]
     chunks = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
@@ -362,6 +329,18 @@ def scan(
         for chunk, found in zip(chunks, work(delayed(_chunk_rows)(chunk) for chunk in chunks), strict=True):
             rows += found
             bar.update(len(chunk))
+    return rows
+
+
+def scan(
+    source: str | Path | list[Listed],  # a folder with all below it, a .zip, a DICOMDIR, a DICOM file; or `files` of an opened source
+    jobs: int | None = None,  # processes; None: all cores, or one for a small folder
+) -> pd.DataFrame:  # one row per image or frame of every file; `problem` is None for a usable CT image
+    "Read the header of every file into one table, without decoding a pixel."
+    if isinstance(source, list): return _table(_read(source, jobs))
+    with opened(source) as found:
+        rows = _read(found.files, jobs)
+        if found.archive: rows = [row | dict(path=str(found.given.parent / found.name(row["path"]))) for row in rows]
     return _table(rows)
 
 # %% ../nbs/00_cohort.ipynb #1c5129fb

@@ -6,17 +6,16 @@
 __all__ = ['FILES', 'MAYBE', 'TOLD', 'TEXTS', 'LADDER', 'MEASURES', 'FEW', 'BROAD', 'DROP', 'GRID', 'FIGURES', 'VAGUE', 'FITS',
            'THOUSAND', 'EXPECTED', 'ZONED', 'PROMISED', 'OUTCOMES', 'FEW_SAID', 'PATHS', 'LEFT_OUT', 'FLAGS', 'PARTS',
            'CLAIM_SOURCE', 'TRIPOD_SOURCE', 'COLOURS', 'load', 'evidence', 'flow', 'parts', 'sizes', 'joined',
-           'columns', 'characteristics', 'plain', 'scored', 'operated', 'calibrated', 'patients', 'operating_point',
-           'numbers', 'shifted', 'grouped', 'limitations', 'more_limitations', 'outside', 'shift_names', 'on_grid',
-           'plot_curve', 'plot_flow', 'flow_picture', 'plot_shift', 'plot_history', 'monitors', 'figures_table',
-           'summary', 'trained_on', 'split_text', 'verdicts', 'transfer', 'headers_text', 'canary', 'data', 'leaks',
-           'training', 'image_text', 'augmentation_text', 'loss_text', 'batch_text', 'chooser', 'stage_text',
-           'weights_text', 'trains', 'discrimination', 'tradeoff', 'operating', 'calibrating', 'deciding',
-           'triage_blocks', 'pooling', 'groups', 'few', 'group_rows', 'shift_rows', 'errors', 'limits', 'command',
-           'reproducing', 'found_in_files', 'facts', 'facts_of_data', 'facts_of_split', 'facts_of_result',
-           'training_text', 'arranged', 'sections', 'write', 'listed', 'paired', 'levels', 'versus', 'compared',
-           'pairs_table', 'named', 'side_by_side', 'differences', 'settings', 'unlike', 'comparison',
-           'compared_section', 'plot_curves', 'plot_pairs', 'compare']
+           'columns', 'characteristics', 'plain', 'scored', 'operated', 'calibrated', 'patients', 'numbers', 'shifted',
+           'grouped', 'limitations', 'more_limitations', 'outside', 'shift_names', 'on_grid', 'plot_curve', 'plot_flow',
+           'flow_picture', 'plot_shift', 'plot_history', 'monitors', 'figures_table', 'summary', 'trained_on',
+           'split_text', 'verdicts', 'transfer', 'headers_text', 'canary', 'data', 'leaks', 'training', 'image_text',
+           'augmentation_text', 'loss_text', 'batch_text', 'chooser', 'stage_text', 'weights_text', 'trains',
+           'discrimination', 'tradeoff', 'operating', 'calibrating', 'deciding', 'triage_blocks', 'pooling', 'groups',
+           'few', 'group_rows', 'shift_rows', 'errors', 'limits', 'command', 'reproducing', 'found_in_files', 'facts',
+           'facts_of_data', 'facts_of_split', 'facts_of_result', 'training_text', 'arranged', 'sections', 'write',
+           'listed', 'paired', 'levels', 'versus', 'compared', 'pairs_table', 'named', 'side_by_side', 'differences',
+           'settings', 'unlike', 'comparison', 'compared_section', 'plot_curves', 'plot_pairs', 'compare']
 
 # %% ../nbs/07a_report.ipynb #952dfee1
 import hashlib
@@ -38,14 +37,14 @@ from .page import BLUE, GREEN, RED, SIDE, WIDE, Figure, Section, Table, Text, in
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# %% ../nbs/07a_report.ipynb #43398d8c
+# %% ../nbs/07a_report.ipynb #3c48459e
 FILES = {  # what every finished run holds
     "manifest": "manifest.json", "config": "effective_config.json", "asked": "run_args.json", "model": "model.json",
          "checks": "features_checks_summary.json",
     "everything": "features_df.parquet", "split": "features_df_split.parquet", "findings": "findings.csv", "history": "history.csv",
     "oof": "oof_predictions.csv", "chosen": "threshold_selection.json",
          "test": "test_predictions.csv",
-    "metrics": "test_metrics.json", "calibration": "calibration.json", "triage": "triage.json", "audit": "audit.json",
+    "metrics": "test_metrics.json", "calibration": "calibration.json", "triage": "triage.json", "pooled": "patients.json", "audit": "audit.json",
          "links": "audit_links.csv"}
 MAYBE = {"shifts": "shifts.csv", "errors": "errors.csv", "pictures": "errors.png", "attributes": "attributes.csv",
          "grid": "grid_results.csv"}
@@ -189,7 +188,7 @@ def operated(
 
 LADDER = (0.02, 0.05, 0.1, 0.2)  # prevalences that are shown beside the cohort's and the user's
 
-# %% ../nbs/07a_report.ipynb #9c20dd4a
+# %% ../nbs/07a_report.ipynb #215fd835
 MEASURES = {"mean_predicted": "mean predicted", "intercept": "intercept (0)", "slope": "slope (1)", "brier": "Brier", "ici": "ICI (0)"}
 
 
@@ -210,26 +209,12 @@ def patients(
     e: SimpleNamespace,
 ) -> dict[str, Any]:
     "Patients: every pooling rule, an operating point and a triage from patient scores."
-    rule = e.config.get("pooling", "max")
+    rule, chosen, triage = e.pooled["pooling"], e.pooled["operating_point"], e.pooled["triage"]
     oof, test = (evaluate.pool(rows, rule) for rows in (e.oof, e.test))
-    chosen = operating_point(e, oof)
-    triage = decision.triage(oof.label, oof.score, oof.patient, e.triage["miss"], e.triage["false_alarm"])
     return {"rule": rule, "pooling": evaluate.pooling_table(e.test), "threshold": chosen["threshold"], "fallback": chosen["fallback"],
             "figures": {e.scores: evaluate.score(oof.label, oof.score, chosen["threshold"], oof.patient),
                         "test": evaluate.score(test.label, test.score, chosen["threshold"], test.patient)},
             "triage": triage, "outcome": decision.triage_outcome(test.label, test.score, test.patient, triage), "scores": test}
-
-
-def operating_point(
-    e: SimpleNamespace,
-    oof: DataFrame,  # fold, label, score of the patients
-) -> dict[str, Any]:  # as `thresholds.select`
-    "The run's rule applied to patients, at their own prevalence."
-    names = thresholds.Rule.__dataclass_fields__
-    given = {"threshold_strategy": e.chosen["strategy"]} | e.chosen | {"prevalence": None}  # which was that of slices
-    rule = thresholds.Rule(**{k: v for k, v in given.items() if k in names})
-    cuts = thresholds.candidates(oof.score, rule.threshold_candidates)
-    return thresholds.select(thresholds.summary(thresholds.table(oof, thresholds=cuts, beta=rule.fbeta)), rule)
 
 # %% ../nbs/07a_report.ipynb #9d3d62b6
 def numbers(
@@ -1056,7 +1041,7 @@ def listed(value: Any) -> Any:
         return (value.reset_index() if named else value).to_dict("records")
     return {k: listed(v) for k, v in value.items()} if isinstance(value, dict) else value
 
-# %% ../nbs/07a_report.ipynb #8a29751a
+# %% ../nbs/07a_report.ipynb #1d540e06
 def paired(
     a: SimpleNamespace,  # from `evidence`
     b: SimpleNamespace,
@@ -1079,8 +1064,8 @@ def levels(
     e: SimpleNamespace,  # from `evidence`
 ) -> dict[str, tuple[DataFrame, DataFrame, float]]:  # "slices" and "patients": scores that chose, test scores, threshold
     "The scores and the threshold of slices, and of patients as the run pools them."
-    oof, test = (evaluate.pool(rows, e.config["pooling"]) for rows in (e.oof, e.test))
-    return {"slices": (e.oof, e.test, e.chosen["threshold"]), "patients": (oof, test, operating_point(e, oof)["threshold"])}
+    oof, test = (evaluate.pool(rows, e.pooled["pooling"]) for rows in (e.oof, e.test))
+    return {"slices": (e.oof, e.test, e.chosen["threshold"]), "patients": (oof, test, e.pooled["operating_point"]["threshold"])}
 
 # %% ../nbs/07a_report.ipynb #37c8a6fb
 def versus(

@@ -6,9 +6,10 @@
 __all__ = ['RUN', 'DEMO_COHORT', 'RESERVED', 'choosers', 'run_fold', 'cross_validate', 'work', 'run_grid_search', 'monitored',
            'baseline', 'Job', 'parameters', 'plan', 'read_config', 'read_cohort', 'limited', 'distinct', 'sizes',
            'read_attributes', 'checked_attributes', 'write_split', 'write_audit', 'write_examples', 'write_model',
-           'Steps', 'watched', 'run', 'check_start', 'tidied', 'resumable', 'located', 'resumed', 'measured', 'learn']
+           'write_tensors', 'keep_networks', 'write_reference', 'Steps', 'watched', 'run', 'check_start', 'tidied',
+           'resumable', 'located', 'resumed', 'measured', 'learn']
 
-# %% ../nbs/05_train.ipynb #959456ef
+# %% ../nbs/05_train.ipynb #c55be3df
 import hashlib
 import inspect
 import json
@@ -24,11 +25,13 @@ from typing import Any, get_type_hints
 import numpy as np
 import pandas as pd
 from pandas import DataFrame
+from safetensors.numpy import save as save_arrays
 from safetensors.torch import save
 from sklearn.metrics import roc_auc_score
+from torch import Tensor
 from torch.nn import Module
 
-from . import audit, cohort, datasets, instruments, learning, models, pack, phantom, recipes, report, results, runs
+from . import audit, bundle, cohort, datasets, instruments, learning, models, pack, phantom, recipes, reference, report, results, runs
 from .datasets import TEST
 from .learning import Beside, fit, restored, score
 from .losses import alpha_used, loss_named
@@ -135,7 +138,7 @@ def baseline(
         scored[fold == k] = models.histogram_baseline(seed).fit(features[train], label[train]).predict_proba(features[fold == k])[:, 1]
     return scored
 
-# %% ../nbs/05_train.ipynb #b262b40b
+# %% ../nbs/05_train.ipynb #2eca4d27
 @dataclass(frozen=True)
 class Job:
     "Where the data is, where the run goes, what is to be done."
@@ -156,6 +159,7 @@ class Job:
     limit: int | None = None  # use at most so many slices, whole patients drawn at random, for a quick look
     instruments: tuple[str, ...] = ()  # "all", or of learning_rate, gradient_norm, loss, memory, confusion, probabilities, throughput
     loggers: tuple[str, ...] = ()  # "tensorboard", "mlflow": where every figure is sent as well
+    keep_folds: bool = True  # keep the networks of the folds, so that prediction can say how far they disagree
     loader_workers: int = 0  # processes that read batches; from a pack, none is fastest
     prefetch_factor: int = 2  # batches that each of them reads ahead
 
@@ -347,15 +351,44 @@ def write_examples(run: Path, split: DataFrame, recipe: Recipe, n: int) -> None:
         figure = examples_grid(images, some.slice_id.tolist(), recipe.preprocess, spacings)
         runs.save_figure(run / f"preprocessing_examples_label{label}.png", figure)
 
-# %% ../nbs/05_train.ipynb #56869bd5
+# %% ../nbs/05_train.ipynb #e275a804
 def write_model(run: Path, network: Module, recipe: Recipe) -> None:
     "The weights, and how to build the network they belong to."
-    tensors = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
-    runs.whole(run / "final_model_state_dict.safetensors", lambda p: p.write_bytes(save(tensors)))
+    write_tensors(run / "final_model_state_dict.safetensors", network.state_dict())
     runs.write_json(run / "model.json", {
-        "backbone": recipe.backbone, "in_chans": len(recipe.preprocess.windows), "dropout_p": recipe.dropout_p,
+        "kind": recipe.kind, "backbone": recipe.backbone, "in_chans": len(recipe.preprocess.windows), "dropout_p": recipe.dropout_p,
         "drop_path_p": recipe.drop_path_p, "normalise": recipe.normalise, "size": recipe.preprocess.size,
         "preprocess": asdict(recipe.preprocess)})
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> Path:
+    return runs.whole(path, lambda p: p.write_bytes(save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})))
+
+
+def keep_networks(
+    run: Path,
+    recipe: Recipe,
+    folds: Path,  # holds a folder for each network
+) -> None:
+    "The networks of the folds, as safetensors: where they disagree, one network alone would be too sure."
+    (run / bundle.NETWORKS).mkdir(exist_ok=True)
+    for k in range(recipe.k_folds):
+        write_tensors(run / bundle.NETWORKS / f"fold_{k}.safetensors", restored(recipe, folds / f"fold_{k}").state_dict())
+
+
+def write_reference(
+    run: Path,
+    network: Module,  # the final one
+    images: np.ndarray,  # the pack
+    pool: DataFrame,  # the slices outside the test set
+    taught: DataFrame,  # those that were learnt from
+    valid: DataFrame,  # those that chose the epoch
+) -> None:
+    "What new scans are compared with: ranges of headers and HU, and where the slices lie in the network's eyes."
+    runs.write_json(run / "reference.json", reference.ranges(pool))
+    learnt, held = (learning.look_at(network, images, part.row.to_numpy())[1] for part in (taught, valid))
+    distance = reference.Distance.fit(learnt, taught.patient.to_numpy(), held)
+    runs.whole(run / "reference.safetensors", lambda p: p.write_bytes(save_arrays(distance.tensors())))
 
 # %% ../nbs/05_train.ipynb #7db4d7ed
 class Steps:
@@ -513,7 +546,7 @@ def measured(
         parts.setdefault(name, []).append(pd.read_parquet(path).assign(fold=fold))
     return {name: pd.concat(tables, ignore_index=True) for name, tables in parts.items()}
 
-# %% ../nbs/05_train.ipynb #a538c753
+# %% ../nbs/05_train.ipynb #b24606e8
 def learn(
     run: Path,
     job: Job,
@@ -542,15 +575,19 @@ def learn(
     oof = oof.assign(baseline=grey[oof.index])
     results.write_operating_point(run, oof, {k: fact["train_auc"] for k, fact in facts.items()}, recipe)
     results.write_calibration(run, oof, recipe)
+    results.write_patients(run, oof, recipe)
+    if job.keep_folds and not single:
+        keep_networks(run, recipe, folds)
     histories = {str(k): fact["history"] for k, fact in facts.items()}
     if single:
         steps("final model: the one network, at its best epoch")
-        network, (taught, _) = restored(recipe, folds / "fold_0"), choosers(recipe, pool[pool.fold != 0], pool[pool.fold == 0], 0)
+        network, (taught, valid) = restored(recipe, folds / "fold_0"), choosers(recipe, pool[pool.fold != 0], pool[pool.fold == 0], 0)
     else:
         steps("final model, on everything outside the test set")
         taught, valid = choosers(recipe, pool, pool[:0], recipe.k_folds)
         network, histories["final"] = fit(recipe, images, taught, valid, recipe.k_folds, work(beside("final"), folds / "final"))
     write_model(run, network, recipe)
+    write_reference(run, network, images, pool, taught, valid)
     results.write_history(run, DataFrame([{"fold": name} | row for name, rows in histories.items() for row in rows]))
     if tables := measured(folds):
         instruments.write(run / "instruments", tables)

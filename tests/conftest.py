@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from ctbm import models, phantom
+from ctbm import models, phantom, train
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"scale": "demo", "backbone": "resnet10t", "weights": "none", "size": 32, "epochs_head": 0, "epochs_ft": 2, "k_folds": 2,
@@ -52,3 +52,10 @@ def workplace(cohort_folder, tmp_path_factory) -> dict:
     "Where the runs of a test file go."
     place = tmp_path_factory.mktemp("runs")
     return {"data_root": str(cohort_folder), "outputs": str(place / "outputs"), "packs": str(place / "packs")}
+
+
+@pytest.fixture(scope="session")
+def small_run(cohort_folder, tmp_path_factory) -> Path:
+    "A finished run that learnt little in two epochs. Copy it before changing it."
+    place = tmp_path_factory.mktemp("small_run")
+    return train.run(data_root=str(cohort_folder), outputs=str(place / "outputs"), packs=str(place / "packs"), **SMALL)

@@ -163,7 +163,14 @@ def test_a_folder_that_is_absent_or_empty_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere does not exist .looked at"): scan(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="holds no file"): scan(tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(FileNotFoundError, match="not a folder"): scan(tmp_path / "file")
+    with pytest.raises(ValueError, match="file is empty"): scan(tmp_path / "file")
+
+
+def test_the_contrast_agent_is_kept_as_it_stands(tmp_path):
+    slice_at(tmp_path / "a.dcm", 0.0, ContrastBolusAgent="Omnipaque 300")
+    slice_at(tmp_path / "b.dcm", 5.0)
+    slice_at(tmp_path / "c.dcm", 10.0, ContrastBolusAgent="")
+    assert scan(tmp_path)["contrast"].tolist() == ["Omnipaque 300", None, None]
 
 
 def test_links_hidden_and_special_files(flat):

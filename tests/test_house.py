@@ -100,13 +100,14 @@ def test_headless_notebooks_have_parameters_and_run_every_cell(name):
 
 def test_floors():
     "Files and pixels know nothing of torch; importing the package costs nothing; no module names a higher floor."
-    light = "import ctbm.cohort, ctbm.preprocess, ctbm.phantom, ctbm.pack, ctbm.viewer, ctbm.cli"
+    light = "import ctbm.sources, ctbm.cohort, ctbm.preprocess, ctbm.phantom, ctbm.pack, ctbm.viewer, ctbm.cli"
     code = f"import sys, ctbm; assert 'numpy' not in sys.modules; {light}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-    floors = [{"cohort", "preprocess", "phantom", "viewer"}, {"pack"},
+    floors = [{"cohort", "preprocess", "phantom", "viewer", "sources"}, {"pack"},
               {"datasets", "models", "losses", "audit", "thresholds", "calibration", "decision", "evaluate", "failures", "page",
-               "checklists", "checkpoints", "runs"},
-              {"recipes", "instruments", "learning"}, {"train", "eda", "results", "report"}, {"cli"}]
+               "checklists", "checkpoints", "runs", "reference"},
+              {"recipes", "instruments", "learning", "bundle"},
+              {"train", "eda", "results", "report", "predict", "explain", "export", "dicom"}, {"cli"}]
     seen, height = set(), {name: i for i, floor in enumerate(floors) for name in floor}
     for path in (ROOT / "ctbm").glob("[a-z]*.py"):
         imports = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]

@@ -29,10 +29,12 @@ def test_run_folder_holds_every_artefact(finished):
              "manifest.json", "oof_predictions.csv", "history.csv", "model.json", "split.csv", "findings.csv", "calibration.json",
              "triage.json", "audit.json", "labels_clean.csv", "history.png", "confusion_matrix.csv", "confusion_matrix.png",
              "audit_links.csv", "shifts.csv", "errors.csv", "errors.png", "report.html", "report.json",
-             "model_card.md", "checklist_claim.csv", "checklist_tripod.csv"}
+             "model_card.md", "checklist_claim.csv", "checklist_tripod.csv", "patients.json", "reference.json", "reference.safetensors",
+             "networks"}
     there = {p.name for p in finished.iterdir()}
     assert names <= there
     assert not [p for p in finished.rglob("*") if p.suffix in (".pkl", ".pickle", ".pt", ".pth", ".partial") or p.name.startswith(".")]
+    assert sorted(path.name for path in (finished / "networks").iterdir()) == ["fold_0.safetensors", "fold_1.safetensors"]
     summary = pd.read_csv(finished / "cv_thresholds_summary.csv")
     columns = {"sens_mean", "sens_std", "acc_mean", "ap_mean", "auc_mean_trn", "auc_mean", "auc_std", "tp", "fn"}
     assert len(summary) == 19 and columns <= set(summary)
