@@ -344,8 +344,9 @@ def _of_one_patient(
 
 _find_links = links  # under a name that the parameter does not hide
 
-# %% ../nbs/03a_audit.ipynb #83162ac8
-HEADERS = ["manufacturer", "kernel", "thickness_mm", "rows", "row_mm", "tilt_deg", "transfer_syntax", "photometric", "padding", "hu_min"]
+# %% ../nbs/03a_audit.ipynb #81761136
+HEADERS = ["manufacturer", "kernel", "thickness_mm", "rows", "row_mm", "tilt_deg", "transfer_syntax", "photometric", "padding", "contrast",
+           "hu_min"]
 ALL = "all headers"
 
 

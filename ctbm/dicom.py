@@ -313,18 +313,20 @@ def _entry(header: Dataset) -> sr.ImageContentItem:
     if numbers: item.ContentSequence = sr.ContentSequence(numbers)
     return item
 
-# %% ../nbs/09b_dicom.ipynb #410bf67f
+# %% ../nbs/09b_dicom.ipynb #becbe508
 def summary(
     study: dict,  # a row of predict's table of studies
 ) -> str:
     "The result in one sentence."
-    answer, known_numbers = decision_code(study.get("decision")).meaning.lower(), []
-    for name in ("probability", "score", "threshold"):
-        value = _given(study.get(name))
-        if value is not None: known_numbers.append(f"{name} {value:.3g}")
-    triage, strange = _given(study.get("triage")), _given(study.get("out_of_distribution"))
-    parts = [f"Metastatic malignant neoplasm to brain: {answer}", ", ".join(known_numbers), f"triage: {triage}" if triage else "",
-             "unlike the scans the model was trained on" if strange else ""]
+    names = ("probability", "score", "threshold", "triage", "out_of_distribution", "mismatches")
+    probability, score, threshold, triage, strange, mismatches = (_given(study.get(name)) for name in names)
+    parts = [f"Metastatic malignant neoplasm to brain: {decision_code(study.get('decision')).meaning.lower()}"]
+    if score is not None and threshold is not None:
+        parts.append(f"score {score:.3g}, {'at or above' if score >= threshold else 'below'} the run's threshold of {threshold:.3g}")
+    if probability is not None: parts.append(f"probability {probability:.3g}")
+    parts += [f"triage: {triage}"] * bool(triage)
+    parts += ["OUT OF DISTRIBUTION: unlike the scans the model was trained on"] * bool(strange)
+    parts += [f"beware: {mismatches}"] * bool(mismatches)
     return "; ".join(filter(None, parts)) + "."
 
 # %% ../nbs/09b_dicom.ipynb #80621baa

@@ -13,7 +13,7 @@ __all__ = ['STEPS', 'SMOOTH', 'METHODS', 'FINE', 'FAINT', 'THICK', 'TOLERANCE_MM
            'verdict', 'figures_table', 'trial_sections', 'seen_yet_missed', 'firm_section', 'warns', 'write',
            'write_into', 'usable', 'cell_mm', 'cuts', 'fold_networks', 'write_pictures', 'patient_sections']
 
-# %% ../nbs/08_explain.ipynb #6351b2a1
+# %% ../nbs/08_explain.ipynb #b241b2bb
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +37,20 @@ from .bundle import NETWORKS, WEIGHTS, Bundle, rebuilt
 from .evaluate import POOLING
 from .pack import pixels, spacing_mm
 from .page import BLUE, RED, WIDE, Figure, Section, Table, Text, interval, number, page, svg
-from .preprocess import WINDOWS, Preprocess, crop_box, floored, known, placement, read_hu, resize, shape_at, skull_box, skull_mask, window
+from ctbm.preprocess import (
+    WINDOWS,
+    Preprocess,
+    crop_box,
+    floored,
+    known,
+    placement,
+    read_hu,
+    resize,
+    shape_at,
+    skull_box,
+    skull_mask,
+    window,
+)
 
 if TYPE_CHECKING:
     from matplotlib import figure
@@ -356,13 +369,13 @@ def summary(
                        "low": value["low"], "high": value["high"]} | sizes for (measure, name), value in found.items()]
     return DataFrame(lines)
 
-# %% ../nbs/08_explain.ipynb #690b2b34
+# %% ../nbs/08_explain.ipynb #d90a0cde
 def widened(
     difference: dict[str, float],  # estimate, low, high
     share: dict[str, float],  # estimate, low, high of the trained network
 ) -> dict[str, float]:  # low, high
     "The interval of a difference with that of the share added, as squares (Newcombe, Stat Med 1998;17:873)."
-    side = lambda end: np.hypot(share[end] - share["estimate"], np.nan_to_num(difference[end] - difference["estimate"]))
+    side = lambda end: np.hypot(share[end] - share["estimate"], difference[end] - difference["estimate"])
     return {"low": float(difference["estimate"] - side("low")), "high": float(difference["estimate"] + side("high"))}
 
 

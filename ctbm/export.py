@@ -44,7 +44,7 @@ from .bundle import Bundle
 from .datasets import TEST
 from .preprocess import Preprocess, known, read_hu
 
-# %% ../nbs/09a_export.ipynb #537772fb
+# %% ../nbs/09a_export.ipynb #0b6b9ce1
 OUTPUTS = ("score", "features", "logit")
 
 
@@ -79,7 +79,9 @@ def traced(
     graph = GRAPHS[known("kind of sample to export", bundle.model["kind"], GRAPHS)](network)
     example = torch.zeros((2, *shape(bundle)), dtype=torch.uint8)
     with quiet():
-        return torch.export.export(graph, (example,), dynamic_shapes=({0: torch.export.Dim("n")},))
+        program = torch.export.export(graph, (example,), dynamic_shapes=({0: torch.export.Dim("n")},))
+    for node in program.graph.nodes: node.meta.pop("stack_trace", None)  # it names folders of this machine
+    return program
 
 
 @contextmanager
@@ -186,7 +188,7 @@ def from_torch(
         return torch.sigmoid(logit.double()).numpy(), features.numpy()
     return look
 
-# %% ../nbs/09a_export.ipynb #5b235be7
+# %% ../nbs/09a_export.ipynb #89d079ca
 def extra(
     name: str,  # of a module
 ) -> ModuleType:
@@ -212,6 +214,7 @@ def to_onnx(
             made = torch.onnx.export(traced(bundle), input_names=["images"], output_names=list(OUTPUTS), optimize=True, verbose=False)
         model = made.model_proto
         onnx.helper.set_model_props(model, about(bundle))
+        for node in model.graph.node: del node.metadata_props[:]  # the exporter's notes
         model.doc_string = USE
         free = model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
         for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):

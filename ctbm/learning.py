@@ -419,7 +419,7 @@ def restored(
     network.load_state_dict(torch.load(folder / f"{last}.pt", weights_only=True)["weights"])
     return network
 
-# %% ../nbs/04f_learning.ipynb #12d8f19c
+# %% ../nbs/04f_learning.ipynb #a5ae46f8
 EVEN = 16  # slices; on a CPU, batches of a multiple of it are computed alike
 
 
@@ -445,7 +445,7 @@ def look_once(network: Module, images: np.ndarray, batch_size: int) -> tuple[np.
     n, fill = len(images), -len(images) % (min(EVEN, batch_size) if device().type == "cpu" else batch_size)
     batch = torch.from_numpy(np.pad(images, ((0, fill), (0, 0), (0, 0), (0, 0)))).to(device())
     logit, features = models.answer(network, prepare(batch, network))
-    return torch.sigmoid(logit[:n].cpu().double()).numpy(), features[:n].float().cpu().numpy()
+    return expit(logit[:n].cpu().double().numpy()), features[:n].float().cpu().numpy()  # torch's sigmoid rounds by place
 
 
 def look_at(
@@ -454,6 +454,7 @@ def look_at(
     rows: np.ndarray,  # which of the n
 ) -> tuple[np.ndarray, np.ndarray]:  # score float64 and features float32[d] of each of `rows`
     "Look at slices of a pack, a few hundred at a time."
+    if not len(rows): raise ValueError("no slice to look at: the table of rows is empty")
     scores, features = zip(*[look(network, images[rows[i : i + 256]]) for i in range(0, len(rows), 256)], strict=True)
     return np.concatenate(scores), np.concatenate(features)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['QUANTITIES', 'SERIES', 'ADJACENT', 'NO_AGENT', 'WORDS', 'AGENT', 'MORE', 'FEWER', 'NAMED', 'Quantity', 'spacing_mm',
-           'values', 'adjacent', 'folded', 'agent', 'ranges', 'mismatches', 'even_weights', 'Distance']
+           'values', 'adjacent', 'folded', 'agent', 'ranges', 'mismatches', 'differences', 'even_weights', 'Distance']
 
 # %% ../nbs/03b_reference.ipynb #073eb276
 from dataclasses import dataclass
@@ -121,7 +121,7 @@ def _shares(
     "How often each text occurs."
     return {text: round(float(share), 4) for text, share in Series(texts, dtype=object).value_counts(normalize=True).items()}
 
-# %% ../nbs/03b_reference.ipynb #df5e1bd0
+# %% ../nbs/03b_reference.ipynb #3053a479
 MORE, FEWER = 1.5, 0.5  # times as many slices as in any, or as in the shortest, series of the training cohort
 NAMED = 4  # values of the training cohort that a sentence lists
 
@@ -132,8 +132,16 @@ def mismatches(
 ) -> list[str]:
     "In which ways a series differs from all that was learnt from."
     if not len(slices) or not ranges["series"]: return []
+    return [*differences(ranges, slices), *filter(None, [_of_count(ranges["slices"], len(slices))])]
+
+
+def differences(
+    ranges: dict[str, Any],
+    slices: DataFrame,  # as in `mismatches`
+) -> list[str]:
+    "Those that do not come from the number of slices."
     found = [_of_contrast(ranges["words"], slices), *(_of_number(ranges["numbers"], name, slices) for name in QUANTITIES),
-             *(_of_word(ranges["words"], name, slices) for name in WORDS), _of_count(ranges["slices"], len(slices))]
+             *(_of_word(ranges["words"], name, slices) for name in WORDS)]
     return [sentence for sentence in found if sentence]
 
 
@@ -204,7 +212,7 @@ def _of_count(
     if n < FEWER * counts["low"]: return f"{n} slices; training {seen} a series: part of the head may be missing"
     return None
 
-# %% ../nbs/03b_reference.ipynb #dc4a183c
+# %% ../nbs/03b_reference.ipynb #4f3c15fc
 def even_weights(
     patient: np.ndarray,  # of each slice
 ) -> np.ndarray:  # float64[n], sum 1
@@ -244,6 +252,9 @@ class Distance:
         features: np.ndarray,  # float[n, d]
     ) -> np.ndarray:  # float32[n]
         "Distances from the centre, in widths of the cloud."
+        if np.shape(features)[1:] != self.mean.shape:
+            raise ValueError(f"{np.shape(features)[1]} features a slice, {len(self.mean)} in reference.safetensors: it belongs to another "
+                             "network or another version of ctbm; train again, or put the run's own file back")
         return np.linalg.norm((np.asarray(features, float) - self.mean) @ self.whitening.astype(float), axis=1).astype(np.float32)
 
     def __call__(

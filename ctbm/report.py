@@ -37,14 +37,15 @@ from .page import BLUE, GREEN, RED, SIDE, WIDE, Figure, Section, Table, Text, in
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# %% ../nbs/07a_report.ipynb #3c48459e
+# %% ../nbs/07a_report.ipynb #38e1e1be
 FILES = {  # what every finished run holds
     "manifest": "manifest.json", "config": "effective_config.json", "asked": "run_args.json", "model": "model.json",
          "checks": "features_checks_summary.json",
     "everything": "features_df.parquet", "split": "features_df_split.parquet", "findings": "findings.csv", "history": "history.csv",
     "oof": "oof_predictions.csv", "chosen": "threshold_selection.json",
          "test": "test_predictions.csv",
-    "metrics": "test_metrics.json", "calibration": "calibration.json", "triage": "triage.json", "pooled": "patients.json", "audit": "audit.json",
+    "metrics": "test_metrics.json", "calibration": "calibration.json", "triage": "triage.json", "pooled": "patients.json",
+    "audit": "audit.json",
          "links": "audit_links.csv"}
 MAYBE = {"shifts": "shifts.csv", "errors": "errors.csv", "pictures": "errors.png", "attributes": "attributes.csv",
          "grid": "grid_results.csv"}

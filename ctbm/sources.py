@@ -242,18 +242,18 @@ def _zipped(
         raise ValueError(f"{path} holds no file that can be unpacked{''.join(why[:1])}")
     return Source(path, root, files + problems, empty, path.name)
 
-# %% ../nbs/00c_sources.ipynb #c79176f2
+# %% ../nbs/00c_sources.ipynb #a9e52577
 @contextmanager
 def opened(
     path: str | Path,  # a folder, a .zip, a DICOMDIR or a DICOM file
     place: str | Path | None = None,  # where a zip is unpacked and kept, for a later call to find; None: removed at the end
 ) -> Iterator[Source]:
     "The files of whatever a user points at."
-    path = Path(path).expanduser()
-    if not path.exists(): raise FileNotFoundError(f"{path} does not exist (looked at {path.absolute()}): give {UNDERSTOOD}")
+    given, path = path, Path(path).expanduser().absolute()
+    if not path.exists(): raise FileNotFoundError(f"{given} does not exist (looked at {path}): give {UNDERSTOOD}")
     if path.is_dir():
         files, empty = listing(path)
-        if not files: raise FileNotFoundError(f"{path} holds no file (looked below {path.absolute()})")
+        if not files: raise FileNotFoundError(f"{given} holds no file (looked below {path})")
         yield Source(path, path, files, empty)
     elif not path.is_file(): raise ValueError(f"{path} is a special file: give {UNDERSTOOD}")
     elif path.suffix.lower() == ".zip" or _start(path)[:4] in ZIP:

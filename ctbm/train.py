@@ -423,7 +423,7 @@ def watched(
                   checkpoints=run / "checkpoints" / spot, version=str(Path(candidate or "", name)), workers=job.loader_workers,
                   prefetch=job.prefetch_factor)
 
-# %% ../nbs/05_train.ipynb #2327d1a2
+# %% ../nbs/05_train.ipynb #b9c0b92d
 def run(
     resume: str | Path | None = None,  # an unfinished run; everything else is then read from it
     **asked: Any,  # fields of `Job`, and values of the recipe by flat name
@@ -462,7 +462,8 @@ def run(
         steps("pictures of the preprocessing")
         write_examples(run, split, recipe, job.prep_plot_n)
         facts = learn(run, job, recipe, candidates, split, packed.images, steps)
-        facts |= {"data_root": str(data_root), "pack": packed.key, "weights": weights, "seconds": steps.seconds}
+        facts |= {"run": run.name.removesuffix(runs.PARTIAL), "data_root": str(data_root), "pack": packed.key, "weights": weights,
+                  "seconds": steps.seconds}
         runs.write_json(run / "manifest.json", runs.manifest(facts))
     finished = runs.finish(run)
     for place in (finished / "folds").glob("*/*/"):

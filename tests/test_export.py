@@ -14,6 +14,7 @@ import pytest
 
 from ctbm import bundle, evaluate, export, pack, runs
 from ctbm.preprocess import read_hu
+from tests.conftest import ROOT
 
 PROGRAM = """
 import json, sys
@@ -63,6 +64,12 @@ def test_onnxruntime_alone_gives_the_scores_of_the_test_set(small_run, exported,
     assert json.loads(about["thresholds"])["slices"] == runs.read_json(small_run / "threshold_selection.json")["threshold"]
     assert about["weights_sha256"] == bundle.load(small_run).sha256 and "research use only" in about["use"]
     assert not [word for word in ("/", "SYN-") if word in json.dumps(about)]
+
+
+def test_no_folder_of_this_machine_leaves(exported):
+    with zipfile.ZipFile(exported / "model.pt2") as packed: inside = b"".join(map(packed.read, packed.namelist()))
+    for content in (inside, (exported / "model.onnx").read_bytes(), (exported / "model.int8.onnx").read_bytes()):
+        assert str(ROOT).encode() not in content and b"site-packages" not in content
 
 
 def test_what_export_json_says_can_be_found_again(small_run, exported, held, images):

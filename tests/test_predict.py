@@ -46,6 +46,9 @@ def test_prediction_repeats_the_test_scores_bit_for_bit(small_run, tmp_path):
     assert len(both) == len(stored) == len(predicted) > 10
     assert (both.score == both.prob).all() and (both.probability == both.calibrated).all()
     assert (both.triage == both.triage_stored).all() and ((both.decision == "positive") == (both.pred == 1)).all()
+    for path in list(tmp_path.iterdir())[::2]: path.unlink()
+    fewer = predict.load(small_run).predict(tmp_path).slices.set_index("slice_id").score
+    assert (fewer == stored.set_index("id").prob[fewer.index]).all(), "in other company"
 
 
 def test_a_patient_is_decided_as_the_run_decides_patients(small_run, whole):
@@ -103,7 +106,8 @@ def test_a_folder_as_it_comes(small_run, series, whole, tmp_path):
     assert set(studies.index) == {cut.name, double.name, other.name, "MR1", "empty", "broken"}
     assert studies.slices[cut.name] == before.slices[cut.name] - 2 and studies.slices[double.name] == before.slices[double.name]
     assert studies.score[double.name] == before.score[double.name] and studies.score[other.name] == before.score[other.name]
-    assert "6 slices of 1 mm, series 1.2.3: other series: differs" in studies.other_series[double.name]
+    assert "6 slices of 1 mm, series 1.2.3: other series: " in studies.other_series[double.name]
+    assert studies.set_aside[[cut.name, double.name, other.name]].tolist() == [3, 7, 1]
     assert "1 x localizer" in studies.other_series[other.name]
     assert studies.problem[["MR1", "empty", "broken"]].tolist() == ["no usable slice: 1 x not CT", "empty folder",
                                                                   "no usable slice: 2 x unreadable"]
@@ -115,6 +119,28 @@ def test_a_folder_as_it_comes(small_run, series, whole, tmp_path):
     assert slices.why.notna().to_numpy().tolist() == (~slices.used).to_numpy().tolist()
     counts = predict.counts(found)
     assert counts["predicted"] == 3 and counts["not_predicted"] == 3 and counts["slices_not_used"]["other series"] == 6
+
+
+def test_a_part_of_a_head_does_not_stand_for_it(small_run, series, whole, tmp_path):
+    one = Path(shutil.copytree(sorted(series.iterdir())[0], tmp_path / "one"))
+    middle = whole.slices[whole.slices.patient == sorted(series.iterdir())[0].name]
+    for row in middle.sort_values("position_mm").iloc[10:13].itertuples():
+        changed(Path(row.path), one / f"stub_{row.slice_id}.dcm", SeriesInstanceUID="1.2.3")
+    row = predict.load(small_run)(one).iloc[0]
+    assert row.slices == len(middle) and "covers less than half" in row.other_series
+    for path in one.glob("ID_*"): path.unlink()
+    alone = predict.load(small_run)(one).iloc[0]
+    assert alone.slices == 3 and "mm of the patient were seen" in alone.findings
+
+
+def test_every_study_of_a_patient_has_a_row(small_run, series, tmp_path):
+    one = Path(shutil.copytree(sorted(series.iterdir())[0], tmp_path / "one"))
+    later = {"StudyInstanceUID": "1.2.9", "SeriesInstanceUID": "1.2.9.1"}
+    for i, path in enumerate(sorted(one.iterdir())[:3]):
+        changed(path, one / f"mr_{i}.dcm", Modality="MR", SOPClassUID=MRImageStorage, **later)
+    studies = predict.load(small_run)(one)
+    assert studies.patient.nunique() == 1 and studies.study.nunique() == len(studies) == 2
+    assert studies.set_index("study").problem["1.2.9"] == "no usable slice: 3 x not CT"
 
 
 def test_the_next_series_stands_in_where_the_best_cannot_be_decoded(small_run, series, tmp_path):
@@ -158,6 +184,11 @@ def test_spread_over_folds_and_turned_images(small_run, series, whole):
     for name in ("folds", "tta"):
         assert (found[f"{name}_least"] <= found[f"{name}_mean"]).all() and (found[f"{name}_mean"] <= found[f"{name}_most"]).all()
         assert (found[f"{name}_sd"] > 0).all() and whole.studies[f"{name}_sd"].isna().all()
+
+
+def test_one_turned_look_is_compared_with_the_plain_one(small_run, series, whole):
+    row = predict.load(small_run, tta=1)(sorted(series.iterdir())[0]).iloc[0]
+    assert row.tta_sd > 0 and row.score in (row.tta_least, row.tta_most)
 
 
 def test_stopped_prediction_goes_on(small_run, series, whole, tmp_path, monkeypatch):
@@ -209,9 +240,23 @@ def test_exit_status_counts_who_was_left_out(small_run, series, tmp_path, capsys
     (["RUN", "no/scans"], "no/scans"),
     (["RUN", ".", "--engine", "fast"], "did you mean"),
     (["RUN", ".", "--tta", "-1"], "tta is -1"),
+    (["RUN", "benchmarks"], "holds no DICOM file"),
 ])
 def test_refused_in_one_line(small_run, tmp_path, capsys, words, said):
     words = [str(small_run) if word == "RUN" else word for word in words]
     assert cli.main(["predict", *words, "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_results_do_not_go_among_the_scans_nor_over_a_strangers_folder(small_run, series, tmp_path, monkeypatch):
+    predictor = predict.load(small_run)
+    with pytest.raises(ValueError, match="among the scans"): predict.write(predictor, series, series / "out")
+    mine = tmp_path / "out.partial" / "thesis.txt"
+    mine.parent.mkdir()
+    mine.write_text("three years")
+    with pytest.raises(FileExistsError, match="no unfinished prediction"): predict.write(predictor, series, tmp_path / "out")
+    assert mine.read_text() == "three years"
+    (tmp_path / "broken.dcm").write_bytes(bytes(128) + b"DICM" + b"?" * 40)
+    monkeypatch.chdir(tmp_path)
+    assert predictor("broken.dcm").patient.item() == "broken.dcm"
