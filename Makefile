@@ -19,7 +19,7 @@ train: $(READY)
 # through papermill, with small settings.
 test: $(READY)
 	$(BIN)/ruff check
-	$(BIN)/nbdev_test --skip_file_re '^(05_train|20_compare)' --n_workers 2
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --skip_file_re '^(05_train|20_compare)' --n_workers 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lab: $(READY)

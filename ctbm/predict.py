@@ -545,7 +545,7 @@ def overlays(
     return {(row.path, int(row.frame)): explain.overlay(hu, each, "brain", top)
             for row, hu, each in zip(slices.itertuples(), images, placed, strict=True)}
 
-# %% ../nbs/09_predict.ipynb #2b72bb22
+# %% ../nbs/09_predict.ipynb #9832baff
 def counts(
     found: Prediction,
 ) -> dict[str, Any]:
@@ -617,8 +617,8 @@ def begin(
     started, new = partial / "predict.json", not partial.exists()
     if not new and not started.is_file():
         raise FileExistsError(f"{partial} exists and is no unfinished prediction; name another folder. Nothing was changed")
-    if started.is_file() and (before := runs.read_json(started)) != json.loads(json.dumps(asked)):
-        other = [f"{k} {before.get(k)!r}, not {v!r}" for k, v in asked.items() if before.get(k) != v]
+    before = asked if new else runs.read_json(started)
+    if other := [f"{k} {before.get(k)!r}, not {v!r}" for k, v in asked.items() if before.get(k) != v]:
         raise FileExistsError(f"{partial} was started otherwise ({'; '.join(other)}); remove it or name another folder")
     partial.mkdir(parents=True, exist_ok=True)
     runs.write_json(started, asked)
