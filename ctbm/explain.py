@@ -11,7 +11,7 @@ __all__ = ['STEPS', 'SMOOTH', 'METHODS', 'FINE', 'FAINT', 'THICK', 'TOLERANCE_MM
            'weighed', 'plot_trial', 'contributions', 'patient_figure', 'plot_positions', 'turned', 'under_augmentation',
            'over_folds', 'pooled', 'spread', 'errors_by_spread', 'found_slices', 'found_masks', 'by_lot', 'firmness',
            'verdict', 'figures_table', 'trial_sections', 'seen_yet_missed', 'firm_section', 'warns', 'write',
-           'write_into', 'usable', 'cell_mm', 'cuts', 'fold_networks', 'write_pictures', 'patient_sections']
+           'write_into', 'usable', 'cell_mm', 'cuts', 'write_pictures', 'patient_sections']
 
 # %% ../nbs/08_explain.ipynb #b241b2bb
 import re
@@ -33,7 +33,7 @@ from torch.nn import Module
 from torchvision.transforms.v2 import InterpolationMode, functional
 
 from . import evaluate, learning, models, runs, viewer
-from .bundle import NETWORKS, WEIGHTS, Bundle, rebuilt
+from .bundle import WEIGHTS, Bundle, fold_networks, rebuilt
 from .evaluate import POOLING
 from .pack import pixels, spacing_mm
 from .page import BLUE, RED, WIDE, Figure, Section, Table, Text, interval, number, page, svg
@@ -841,14 +841,6 @@ def cuts(
     "Operating points: of slices, and of patients where the run has one."
     file = run / "patients.json"
     return {"slices": threshold} | ({"patients": runs.read_json(file)["operating_point"]["threshold"]} if file.is_file() else {})
-
-
-def fold_networks(
-    run: Path,
-    model: dict[str, Any],  # model.json
-) -> dict[str, Module]:
-    "The networks of the folds, where the run kept them."
-    return {file.stem: rebuilt(model, file) for file in sorted((run / NETWORKS).glob("*.safetensors"))}
 
 # %% ../nbs/08_explain.ipynb #98e4ccc7
 PICTURE = ["slice_id", "patient", "score", "method", "kind", "picture"]
