@@ -10,10 +10,10 @@ from pandas import DataFrame
 
 from .page import Section, Table, Text
 
-# %% ../nbs/07e_checklists.ipynb #d08513fe
+# %% ../nbs/07e_checklists.ipynb #f5ccbd4a
 CARD = (
     ("Model details", (
-        "{backbone} network with one output, scoring single head CT slices for brain metastasis. Made on {date} by ctbm {version} "
+        "{backbone} network with one output, {scoring} for brain metastasis. Made on {date} by ctbm {version} "
         "(commit {commit}), run {run}.",
         "Input: {size} × {size} pixels, HU windows (level/width) {windows}. Training: {training}. Starting weights: {weights}.",
         "Output: a score; the stored calibration ({calibration}) makes it a probability; three triage zones.",
@@ -32,7 +32,7 @@ CARD = (
         "Threshold {threshold} by {strategy}, from {scores} scores.")),
 )
 
-# %% ../nbs/07e_checklists.ipynb #eca6ab55
+# %% ../nbs/07e_checklists.ipynb #51513e1d
 CARD += (
     ("Evaluation data", (
         "{test}; held out by patient before anything was trained, scored once.",
@@ -40,10 +40,9 @@ CARD += (
     ("Training data",
      ("{development}; {split}. Rows set aside: {aside}.", "AUTHOR: the same as for the evaluation data.")),
     ("Quantitative analyses", (
-        "Slices, test: AUROC {test_roc_auc}, average precision {test_auprc}, sensitivity {test_sensitivity}, specificity "
+        "{Unit}, test: AUROC {test_roc_auc}, average precision {test_auprc}, sensitivity {test_sensitivity}, specificity "
         "{test_specificity}, PPV {test_ppv}, NPV {test_npv}. {counts}. AUROC less that of the grey-level baseline: {ahead}.",
-        "Patients, test ({pooling} pooling): AUROC {patient_roc_auc}, sensitivity {patient_sensitivity}, specificity "
-        "{patient_specificity}.",
+        "{pooled}.",
         "Calibration, test: slope {slope}, intercept {intercept}, Brier {brier}, ICI {ici}. Sent to review: {review}. Subgroups and "
         "shifts: see the report.")),
     ("Ethical considerations", (
@@ -66,14 +65,14 @@ def card_markdown(card: list[tuple[str, list[str]]], loud: bool) -> str:
     return "# Model card\n\n" + warning + "\n".join(f"## {heading}\n\n" + "\n".join(f"- {text}" for text in texts) + "\n" for heading,
                                                     texts in card)
 
-# %% ../nbs/07e_checklists.ipynb #d5a2ebff
+# %% ../nbs/07e_checklists.ipynb #71bf4a44
 CLAIM = (  # item, topic, answer, where
     ("1", "title names the kind of AI", "Deep learning ({backbone}). AUTHOR: say so in the title.", "summary"),
     ("2", "structured abstract", "AUTHOR: the figures are in the summary.", "summary"),
     ("3", "background and role of the AI", "AUTHOR: clinical question, present practice, intended use.", ""),
     ("4", "aims and hypotheses", "AUTHOR: what was to be shown.", ""),
     ("5", "prospective or retrospective", "AUTHOR: how the data came about.", ""),
-    ("6", "goal of the study", "Development and internal testing of a slice classifier. AUTHOR: confirm.", "summary"),
+    ("6", "goal of the study", "Development and internal testing of a {classifier}. AUTHOR: confirm.", "summary"),
     ("7", "data sources", "{files} files; manufacturers {manufacturers}. AUTHOR: hospitals, period, public sets.", "data"),
     ("8", "inclusion and exclusion", "By file: {aside} set aside. AUTHOR: criteria by patient.", "data"),
     ("9", "preprocessing", "{size} × {size} pixels, HU windows (level/width) {windows}; crop and resizing in the table.", "training"),
@@ -95,7 +94,7 @@ CLAIM = (  # item, topic, answer, where
     ("22", "model in detail", "{backbone} (timm), one logit; model.json builds it.", "training"),
 )
 
-# %% ../nbs/07e_checklists.ipynb #1d6c2fb4
+# %% ../nbs/07e_checklists.ipynb #c4f14e1c
 CLAIM += (
     ("23", "software", "{versions}.", "reproduce"),
     ("24", "starting values of parameters", "{weights}.", "training"),
@@ -105,7 +104,7 @@ CLAIM += (
     ("27", "ensembles", "None: one network.", "training"),
     ("28", "measures of performance", "AUROC, average precision, sensitivity, specificity, PPV, NPV, F1, F2, calibration, net benefit; a "
                                       "grey-level baseline beside them.", "discrimination"),
-    ("29", "uncertainty and significance", "95 % intervals from resampling patients, Wilson's for proportions; DeLong for clustered data "
+    ("29", "uncertainty and significance", "95 % intervals from resampling patients, Wilson's for proportions; {delong} "
                                            "and paired bootstrap for comparisons.", "discrimination"),
     ("30", "robustness", "Shifts: {shifts}.", "groups"),
     ("31", "explainability", "Not used. AUTHOR: if it is added, how it was checked.", ""),
@@ -128,7 +127,7 @@ CLAIM += (
     ("44", "funding", "AUTHOR: sources, and the part they had.", ""),
 )
 
-# %% ../nbs/07e_checklists.ipynb #932472c3
+# %% ../nbs/07e_checklists.ipynb #aa70a097
 TRIPOD = (
     ("1", "title", "AUTHOR: development and internal testing of a model, population, outcome.", ""),
     ("2", "abstract", "AUTHOR: by the list for abstracts; the figures are in the summary.", "summary"),
@@ -143,18 +142,18 @@ TRIPOD = (
     ("6c", "treatments", "AUTHOR: surgery or radiotherapy before the scan.", ""),
     ("7", "data preparation", "The same for all: {size} × {size} pixels, windows {windows}; files were checked and findings listed.",
      "training"),
-    ("8a", "outcome", "Slice label 0 or 1. AUTHOR: definition, when and how assessed.", ""),
+    ("8a", "outcome", "{Label}. AUTHOR: definition, when and how assessed.", ""),
     ("8b", "outcome assessors", "AUTHOR: qualification and number.", ""),
     ("8c", "blinding of the outcome", "AUTHOR: what the readers knew.", ""),
     ("9a", "choice of predictors", "Pixels only; no header enters the model.", "training"),
-    ("9b", "predictors defined", "HU of one axial slice in windows (level/width) {windows}.", "training"),
+    ("9b", "predictors defined", "HU of {input} in windows (level/width) {windows}.", "training"),
     ("9c", "predictor assessors", "None: nothing is read off by a person.", "training"),
     ("10", "sample size", "Development {development}; evaluation {test}. AUTHOR: why that many.", "data"),
     ("11", "missing data", "Nothing was imputed; set aside: {aside}. Headers missing: {missing}.", "data"),
     ("12a", "use of the data", "By rule: {split}.", "data"),
-    ("12b", "handling of predictors", "HU clipped to windows, scaled to 0 to 1.", "training"),
+    ("12b", "handling of predictors", "HU clipped to windows, {scaled}.", "training"),
     ("12c", "type of model and building", "{backbone}; {training}; internal validation by {validated}.", "training"),
-    ("12d", "heterogeneity across clusters", "Subgroups by scanner; slices of a patient treated as clustered. AUTHOR: centres.", "groups"),
+    ("12d", "heterogeneity across clusters", "Subgroups by scanner; {clusters}. AUTHOR: centres.", "groups"),
     ("12e", "measures and plots", "ROC, precision-recall, reliability, decision curve, triage; intervals from resampling patients.",
      "discrimination"),
     ("12f", "model updating", "Recalibration ({calibration}) fitted on {scores} scores.", "calibration"),

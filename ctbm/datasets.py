@@ -116,7 +116,7 @@ def limited(
                          f"have {needed} slices; use at least {needed}")
     return table.patient.isin(ranked.index[ranked["size"].cumsum() <= limit])
 
-# %% ../nbs/03_datasets.ipynb #6b2db210
+# %% ../nbs/03_datasets.ipynb #58bd732a
 class SliceDataset(Dataset):
     "Slices of a pack with their labels, fetched a batch at a time."
 
@@ -127,7 +127,7 @@ class SliceDataset(Dataset):
         labels: np.ndarray,  # 0 or 1, one for each of `rows`
     ):
         self.images, self.rows = images, np.asarray(rows)
-        self.labels = torch.as_tensor(np.asarray(labels), dtype=torch.float32)
+        self.labels = torch.tensor(np.asarray(labels), dtype=torch.float32)
 
     def __len__(self): return len(self.rows)
 

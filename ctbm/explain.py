@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'SMOOTH', 'METHODS', 'FINE', 'FAINT', 'THICK', 'TOLERANCE_MM', 'MEASURES', 'CONTROLS', 'TWINS', 'LABELS',
-           'TURN_DEG', 'MOVE', 'NEEDED', 'KINDS', 'MOST', 'MEANS', 'UNTESTED', 'EXPLAINED', 'SPREAD_NOTE', 'LIMITS',
-           'PICTURE', 'LOT', 'CARRIED', 'last_stage', 'grad_cam', 'integrated_gradients', 'called', 'untouched',
-           'saliency', 'to_source', 'overlay', 'show_overlay', 'slice_figure', 'pointing_game', 'points',
-           'energy_inside', 'nearby', 'chance', 'twin', 'seen', 'others', 'trial', 'judge', 'summary', 'widened',
-           'weighed', 'plot_trial', 'contributions', 'patient_figure', 'plot_positions', 'turned', 'under_augmentation',
-           'over_folds', 'pooled', 'spread', 'errors_by_spread', 'found_slices', 'found_masks', 'by_lot', 'firmness',
-           'verdict', 'figures_table', 'trial_sections', 'seen_yet_missed', 'firm_section', 'warns', 'write',
-           'write_into', 'usable', 'cell_mm', 'cuts', 'write_pictures', 'patient_sections']
+           'WHOLE', 'TURN_DEG', 'MOVE', 'CHANGES', 'NEEDED', 'KINDS', 'MOST', 'MEANS', 'UNTESTED', 'EXPLAINED',
+           'SINGLE', 'SPREAD_NOTE', 'LIMITS', 'PICTURE', 'LOT', 'CARRIED', 'last_stage', 'grad_cam',
+           'integrated_gradients', 'called', 'untouched', 'saliency', 'to_source', 'overlay', 'show_overlay',
+           'slice_figure', 'pointing_game', 'points', 'energy_inside', 'nearby', 'chance', 'twin', 'seen', 'others',
+           'trial', 'judge', 'summary', 'widened', 'weighed', 'plot_trial', 'contributions', 'left_out',
+           'patient_figure', 'plot_positions', 'turned', 'under_augmentation', 'over_folds', 'pooled', 'spread',
+           'asked', 'errors_by_spread', 'found_slices', 'found_masks', 'by_lot', 'people', 'firmness', 'verdict',
+           'figures_table', 'trial_sections', 'seen_yet_missed', 'firm_section', 'warns', 'write', 'write_into',
+           'usable', 'cell_mm', 'cuts', 'write_pictures', 'patient_sections']
 
-# %% ../nbs/08_explain.ipynb #b241b2bb
+# %% ../nbs/08_explain.ipynb #76e3a879
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -32,11 +33,12 @@ from torch import Tensor
 from torch.nn import Module
 from torchvision.transforms.v2 import InterpolationMode, functional
 
-from . import evaluate, learning, models, runs, viewer
-from .bundle import WEIGHTS, Bundle, fold_networks, rebuilt
+from . import bags, evaluate, learning, models, runs, viewer
+from .bundle import ARGUMENTS, WEIGHTS, Bundle, fold_networks, rebuilt
 from .evaluate import POOLING
 from .pack import pixels, spacing_mm
 from .page import BLUE, RED, WIDE, Figure, Section, Table, Text, interval, number, page, svg
+from .patient import answer, patient_scores
 from ctbm.preprocess import (
     WINDOWS,
     Preprocess,
@@ -86,7 +88,7 @@ def grad_cam(
     coarse = LayerGradCam(network, last_stage(network, x)[0]).attribute(x, target=0, relu_attributions=True)
     return LayerAttribution.interpolate(coarse, x.shape[-2:], "bilinear")[:, 0]
 
-# %% ../nbs/08_explain.ipynb #2619d6a6
+# %% ../nbs/08_explain.ipynb #b5a1f755
 STEPS = 8  # from the empty image to the slice; 16 gave the same figures
 SMOOTH = 0.04  # of the image's side: standard deviation of the Gaussian that takes the grain out
 
@@ -95,8 +97,8 @@ def integrated_gradients(
     network: Module,
     x: Tensor,  # float[n, c, s, s], prepared
 ) -> Tensor:  # float[n, s, s]
-    "Integrated gradients from an empty, black image, all channels together, smoothed."
-    black, sigma = models.normalise(torch.zeros_like(x), network), SMOOTH * x.shape[-1]
+    "Integrated gradients from an empty image, as dark as the darkest pixel, all channels together, smoothed."
+    black, sigma = x.detach().amin((2, 3), keepdim=True).expand_as(x), SMOOTH * x.shape[-1]
     found = IntegratedGradients(network).attribute(x, black, target=0, n_steps=STEPS, internal_batch_size=max(len(x), 2))
     return functional.gaussian_blur(found.sum(1).float(), [2 * int(3 * sigma) + 1] * 2, [sigma] * 2)
 
@@ -270,7 +272,7 @@ def chance(
     head = head | ~head.any()
     return {"pointing": float(nearby(mask, spacing, tolerance_mm)[head].mean()), "energy": float(mask[head].mean())}
 
-# %% ../nbs/08_explain.ipynb #b78e74ce
+# %% ../nbs/08_explain.ipynb #f413fe9b
 TWINS = 3  # untrained networks whose figures are averaged
 
 
@@ -281,8 +283,7 @@ def twin(
     "The same network before training."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = models.create_model(model["backbone"], model["in_chans"], "none", model["dropout_p"], model["size"], model["drop_path_p"],
-                                      model["normalise"])
+        network = models.create_model(weights="none", **{name: model[name] for name in ARGUMENTS if name in model})
     return network.to(learning.device(), memory_format=learning.memory_format()).eval()
 
 
@@ -369,13 +370,14 @@ def summary(
                        "low": value["low"], "high": value["high"]} | sizes for (measure, name), value in found.items()]
     return DataFrame(lines)
 
-# %% ../nbs/08_explain.ipynb #d90a0cde
+# %% ../nbs/08_explain.ipynb #c2ab8879
 def widened(
-    difference: dict[str, float],  # estimate, low, high
+    difference: dict[str, float],  # estimate, low, high; no interval where every slice differs by the same
     share: dict[str, float],  # estimate, low, high of the trained network
 ) -> dict[str, float]:  # low, high
     "The interval of a difference with that of the share added, as squares (Newcombe, Stat Med 1998;17:873)."
-    side = lambda end: np.hypot(share[end] - share["estimate"], difference[end] - difference["estimate"])
+    own = {end: share[end] - share["estimate"] for end in ("low", "high")}
+    side = lambda end: np.hypot(own[end], own[end] if np.isnan(difference[end]) else difference[end] - difference["estimate"])
     return {"low": float(difference["estimate"] - side("low")), "high": float(difference["estimate"] + side("high"))}
 
 
@@ -424,20 +426,34 @@ def contributions(
     if len(scores) == 1: return np.array([float(pool(scores))])
     return np.array([float(pool(scores) - pool(np.delete(scores, i))) for i in range(len(scores))])
 
-# %% ../nbs/08_explain.ipynb #44b8b823
+# %% ../nbs/08_explain.ipynb #97117480
+def left_out(
+    network: Module,  # with a pool
+    images: np.ndarray,  # uint8[n, c, s, s], a patient's slices in the order of bags
+) -> np.ndarray:  # float64[n]; of a single slice, the whole score
+    "How far the network's score of a patient falls without each slice."
+    n, every = len(images), np.arange(len(images))
+    score, _, features = learning.look_at(network, images, every, answer)
+    whole = patient_scores(network, score, features, np.array([n]))
+    if n == 1: return whole
+    rest = np.concatenate([np.delete(every, i) for i in every])
+    return whole - patient_scores(network, score[rest], features[rest], np.full(n, n - 1))
+
+# %% ../nbs/08_explain.ipynb #3ffaa405
 def patient_figure(
-    slices: DataFrame,  # of one patient: path, frame, row_mm, col_mm, position_mm, score
+    slices: DataFrame,  # of one patient: path, frame, row_mm, col_mm, position_mm, score; patient_score where the network pools
     network: Module,
     preprocess: Preprocess,
-    rule: str = "max",  # a name in `evaluate.POOLING`
+    rule: str = "max",  # a name in `evaluate.POOLING`; not read where the network pools
     method: str = FINE,  # a name in METHODS
     threshold: float | None = None,  # operating point of slices, drawn as a line
     n: int = 3,  # slices that are shown
     title: str = "",
 ) -> "figure.Figure":
     "Scores along the head, what each slice contributes, and the slices with the highest scores, all on one colour scale."
-    slices = slices.sort_values("position_mm", ignore_index=True)
-    shares, top = contributions(slices.score, rule), slices.nlargest(min(n, len(slices)), "score")
+    slices = (bags.in_order(slices) if WHOLE in slices else slices).sort_values("position_mm", kind="stable", ignore_index=True)
+    shares = left_out(network, seen(slices, preprocess)) if WHOLE in slices else contributions(slices.score, rule)
+    top = slices.nlargest(min(n, len(slices)), "score")
     maps = [to_source(found, read_hu(row.path, row.frame), spacing_mm(row), preprocess)
             for found, row in zip(saliency(method, network, seen(top, preprocess)), top.itertuples(), strict=True)]
     fig = viewer.new_figure(figsize=(4 + 2.6 * len(top), 3.6), layout="constrained", dpi=100)
@@ -451,6 +467,9 @@ def patient_figure(
     right.supxlabel(f"{called(method)}, one colour scale", fontsize=8)
     if title: fig.suptitle(title, fontsize=10)
     return fig
+
+
+WHOLE = "patient_score"  # column: the network pools, and this is what it made of all slices of the patient
 
 # %% ../nbs/08_explain.ipynb #ba2a46fd
 def plot_positions(
@@ -473,8 +492,9 @@ def plot_positions(
     axes[1].set(ylabel="contribution", xlabel="position (mm)" if along else "slice")
     for ax in axes: ax.spines[["top", "right"]].set_visible(False)
 
-# %% ../nbs/08_explain.ipynb #0d895d60
+# %% ../nbs/08_explain.ipynb #ec85844b
 TURN_DEG, MOVE = 5.0, 0.03  # at most; MOVE as a share of the image's side
+CHANGES = 8  # the plain image among them
 
 
 def turned(
@@ -495,7 +515,7 @@ def turned(
 def under_augmentation(
     network: Module,
     images: np.ndarray,  # uint8[slices, c, s, s], as packed
-    n: int = 8,  # rows, the plain image among them
+    n: int = CHANGES,  # rows, the plain image among them
     seed: int = 0,
 ) -> np.ndarray:  # float64[n, slices]; the first row is of the plain images, the second of the mirrored ones
     "Scores of slices as they are, mirrored, turned and moved."
@@ -503,7 +523,7 @@ def under_augmentation(
     every = np.arange(len(images))
     return np.stack([learning.score(network, turned(images, k, seed), every) for k in range(n)])
 
-# %% ../nbs/08_explain.ipynb #94475efc
+# %% ../nbs/08_explain.ipynb #b1bc4c54
 def over_folds(
     bundle: Bundle,
     images: np.ndarray,  # uint8[slices, c, s, s], as packed
@@ -531,6 +551,24 @@ def spread(
     "The standard deviation over rows."
     return np.std(scores, axis=0, ddof=1) if len(scores) > 1 else np.full(np.shape(scores)[1], np.nan)
 
+
+def asked(
+    network: Module,
+    images: np.ndarray,  # uint8[slices, c, s, s], as packed
+    slices: DataFrame,  # patient, label
+    rule: str | None,  # a name in `evaluate.POOLING`; None: the network pools
+) -> tuple[np.ndarray, np.ndarray]:  # float64[slices]; float64[patients], by name
+    "Scores of slices and of their patients."
+    every = np.arange(len(images))
+    if rule is not None:
+        score = learning.score(network, images, every)
+        return score, pooled(score[None], slices.patient, rule).to_numpy()[0]
+    ordered = bags.in_order(slices.assign(row=every))
+    score, _, features = learning.look_at(network, images, ordered.row.to_numpy(), answer)
+    whole = patient_scores(network, score, features, bags.by_patient(ordered).slices.to_numpy())
+    by_name = np.argsort(ordered.patient.drop_duplicates().to_numpy(dtype=object).astype(str), kind="stable")
+    return score[np.argsort(ordered.row.to_numpy())], whole[by_name]
+
 # %% ../nbs/08_explain.ipynb #646bb75c
 def errors_by_spread(
     label: np.ndarray,  # 0 or 1
@@ -546,7 +584,7 @@ def errors_by_spread(
     kept = {name: {k: area[k] for k in ("estimate", "low", "high")} for name, area in areas.items()}
     return {"errors": int(wrong.sum()), "rows": len(wrong)} | kept
 
-# %% ../nbs/08_explain.ipynb #cd758b31
+# %% ../nbs/08_explain.ipynb #76154a21
 NEEDED = ("model.json", WEIGHTS, "effective_config.json", "threshold_selection.json", "test_predictions.csv", "features_df_split.parquet",
           "manifest.json")
 
@@ -554,9 +592,10 @@ NEEDED = ("model.json", WEIGHTS, "effective_config.json", "threshold_selection.j
 def found_slices(
     run: Path,  # a finished run
     data_root: str | Path | None,  # where its data is now; None: where it was
-) -> tuple[DataFrame, Path]:  # the test set with `score` and `folder` of its masks; the data's folder
+) -> tuple[DataFrame, Path]:  # the test slices with `score` and, where the network pools, `patient_score`; the data's folder
     "The test slices of a run, whose files must be there."
-    gone = [name for name in NEEDED if not (run / name).is_file()]
+    whole = (run / "model.json").is_file() and runs.unit(runs.read_json(run / "model.json")) == "patients"
+    gone = [name for name in (*NEEDED, *["test_slices.csv"] * whole) if not (run / name).is_file()]
     if gone:
         raise FileNotFoundError(f"{run} has no {', '.join(gone)}: saliency is tested on the test slices of a finished run; name its "
                                 "folder, not a bundle")
@@ -564,6 +603,9 @@ def found_slices(
     root = Path(data_root) if data_root is not None else was
     test = split[split.fold < 0].reset_index(drop=True)
     scores = pd.read_csv(run / "test_predictions.csv", dtype={"id": str}).drop_duplicates("id").set_index("id").prob
+    if whole:
+        test[WHOLE] = test.patient.map(scores)
+        scores = pd.read_csv(run / "test_slices.csv", dtype={"id": str}).drop_duplicates("id").set_index("id").score
     test["score"] = test.slice_id.map(scores)
     if data_root is not None:
         test["path"] = [str(root / Path(path).relative_to(was)) if Path(path).is_relative_to(was) else path for path in test.path]
@@ -588,7 +630,7 @@ def found_masks(
             found |= {i: mask > 0 for i, mask in zip(archive["ids"].tolist(), archive["mask"], strict=True) if i in wanted and mask.any()}
     return found
 
-# %% ../nbs/08_explain.ipynb #f554835f
+# %% ../nbs/08_explain.ipynb #acefb695
 KINDS = ("found", "missed", "false alarm", "quiet")
 MOST = 100  # slices with lesions that are tested, drawn by lot; more would take long and say little more
 
@@ -608,6 +650,16 @@ def by_lot(
     return chosen.assign(order=chosen.kind.map(KINDS.index)).sort_values(["order", "slice_id"]).drop(columns="order")
 
 
+def people(
+    slices: DataFrame,  # label, patient, score; patient_score where the network pools
+    rule: str,  # by which patients are pooled otherwise
+) -> DataFrame:  # patient, label, score, slices; by name
+    "Patients with the scores that the run gave them."
+    if WHOLE not in slices: return evaluate.pool(slices, rule)
+    by = slices.groupby("patient")
+    return DataFrame({"label": by.label.max().astype(int), "score": by[WHOLE].first(), "slices": by.size()}).reset_index()
+
+
 def firmness(
     network: Module,
     folds: dict[str, Module],  # from `bundle.Bundle.networks`; may be empty
@@ -617,13 +669,13 @@ def firmness(
     cuts: dict[str, float],  # level ("slices", "patients") -> operating point
 ) -> list[dict[str, Any]]:  # level, kind, median spread, and what `errors_by_spread` says
     "Both spreads, and whether they tell errors, for slices and patients."
-    every = np.arange(len(images))
-    rows = {"small changes": under_augmentation(network, images)}
-    if folds: rows["folds"] = np.stack([learning.score(each, images, every) for each in folds.values()])
-    patients = evaluate.pool(slices, rule)
-    found = []
+    how = None if WHOLE in slices else rule
+    rows = {"small changes": [asked(network, turned(images, k), slices, how) for k in range(CHANGES)]}
+    if folds: rows["folds"] = [asked(each, images, slices, how) for each in folds.values()]
+    patients, found = people(slices, rule), []
     for kind, scores in rows.items():
-        wide = {"slices": (slices, spread(scores)), "patients": (patients, spread(pooled(scores, slices.patient, rule)))}
+        of_slices, of_patients = (spread(np.stack(part)) for part in zip(*scores, strict=True))
+        wide = {"slices": (slices, of_slices), "patients": (patients, of_patients)}
         for level, cut in cuts.items():
             table, sd = wide[level]
             told = errors_by_spread(table.label, table.score, sd, cut, table.patient)
@@ -665,13 +717,18 @@ def figures_table(
     order = ["trained", *CONTROLS, *(f"less {c}" for c in CONTROLS)]
     return part.pivot(index="figure", columns="name", values="text").loc[order, part["name"].unique()].rename_axis(columns=None)
 
-# %% ../nbs/08_explain.ipynb #603b1ffe
+# %% ../nbs/08_explain.ipynb #3a46c751
 UNTESTED = ("There are no lesion masks for these slices, so nothing here was tested. The pictures show where the maps are high; whether "
             "that has to do with lesions is not known. Do not take them for an explanation.")
 EXPLAINED = ("Pointing: the map's maximum lies in a lesion or at most {mm:g} mm from it. Energy: the share of the map inside. Random: the "
              "same network before training, mean of {twins} starts. Swapped: the trained network's map of another patient's slice. Chance: "
              "the lesion's share of the head. Less: paired differences. 95 % intervals, patients being what was sampled. Several figures "
              "are looked at, and intervals are not adjusted for that.")
+
+
+SINGLE = ("This network was trained on whole patients and scores a patient by all slices at once ({pooling}). Here it is asked about "
+          "single slices: a score is that of a slice alone, as if the patient had no other; found and missed go by the slice's own label "
+          "and by the patients' threshold, {threshold:.4g}. What is said of patients goes by their own scores.")
 
 
 def trial_sections(
@@ -688,9 +745,9 @@ def trial_sections(
         said.append(Text(f"A cell of Grad-CAM's map is {cells_mm:.0f} mm wide on these slices; half of the lesions are less than "
                          f"{2 * np.sqrt(middle / np.pi):.0f} mm across there.", "note"))
     said += [Text(text, "note") for text in seen_yet_missed(tested, figures)]
-    drawn = tuple(svg(lambda ax, m=m: plot_trial(ax, figures, m), WIDE / 2, 1.2 + 0.75 * len(methods)) for m in MEASURES)
-    picture = Figure(drawn, "Lesions that were found, with 95 % intervals.", "trained network and its controls")
-    sizes = figures.drop_duplicates("group").set_index("group")
+    sizes, high = figures.drop_duplicates("group").set_index("group"), 1.2 + 0.75 * len(methods)
+    drawn = [svg(lambda ax, m=m: plot_trial(ax, figures, m), WIDE / 2, high) for m in MEASURES if "found" in sizes.index]
+    picture = Figure(tuple(drawn), "Lesions that were found, with 95 % intervals.", "trained network and its controls")
     titles = {"found": "Lesions that were found", "missed": "Lesions that were missed", "all": "All",
               "small": f"Lesions under {middle:.0f} mm² in the slice", "large": f"Lesions of {middle:.0f} mm² or more"}
     tables = [Table(figures_table(figures, group), f"{title}: {sizes.slices[group]} slices of {sizes.patients[group]} patients.")
@@ -765,7 +822,7 @@ def write(
     shutil.rmtree(out, ignore_errors=True)
     return partial.rename(out)
 
-# %% ../nbs/08_explain.ipynb #7dad2da7
+# %% ../nbs/08_explain.ipynb #badd3952
 def write_into(
     folder: Path,  # exists, and a folder pictures in it
     run: Path,
@@ -786,7 +843,8 @@ def write_into(
     twins = [twin(model, seed) for seed in range(TWINS)]
     tested = trial(network, twins, ill, masks, preprocess, methods, tolerance_mm) if len(ill) else None
     figures = None if tested is None else summary(tested, threshold)
-    told = firmness(network, fold_networks(run, model), slices, images, config["pooling"], cuts(run, threshold))
+    rule = model["pooling"] if WHOLE in slices else config["pooling"]
+    told = firmness(network, fold_networks(run, model), slices, images, rule, cuts(run, threshold))
     shown = by_lot(slices, threshold, n)
     pictures, drawn = write_pictures(folder / "pictures", shown, network, preprocess, methods, masks)
     table = pictures if tested is None else tested.merge(pictures, how="outer", on=["slice_id", "patient", "score", "method"])
@@ -796,10 +854,11 @@ def write_into(
         "run": run.name, "threshold": threshold, "methods": methods, "tested": tested is not None, "slices": len(ill), "untrained": TWINS,
         "tolerance_mm": tolerance_mm, "grad_cam_cell_mm": cells_mm, "spread": told,
         "figures": [] if figures is None else figures.to_dict("records")})
-    patients = patient_sections(slices, network, preprocess, config["pooling"], threshold)
+    patients = patient_sections(slices, network, preprocess, rule, threshold)
+    alone = [Section("Single slices", "single", (Text(SINGLE.format(pooling=rule, threshold=threshold), "look"),))] * (WHOLE in slices)
     limits = Section("What this does not say", "limits", tuple(map(Text, LIMITS)))
     html = page(f"Explanations of {run.name}", "Saliency and spread on the test set. A research result, not a medical device.",
-                [*trial_sections(tested, figures, cells_mm, tolerance_mm), drawn, *patients, firm_section(told), limits])
+                [*alone, *trial_sections(tested, figures, cells_mm, tolerance_mm), drawn, *patients, firm_section(told), limits])
     runs.whole(folder / "index.html", lambda p: p.write_text(html, encoding="utf8"))
 
 # %% ../nbs/08_explain.ipynb #d297cc7e
@@ -833,7 +892,7 @@ def cell_mm(
         mm.append(row.col_mm / np.median(slope[slope > 0]) * preprocess.size / cells)
     return float(np.median(mm)) if mm else None
 
-# %% ../nbs/08_explain.ipynb #526a5aa5
+# %% ../nbs/08_explain.ipynb #30ddaa81
 def cuts(
     run: Path,
     threshold: float,  # of slices
@@ -872,7 +931,7 @@ def write_pictures(
         drawn.append(Figure((picture,), caption, f"{row.slice_id} and its saliency"))
     return DataFrame(rows, columns=PICTURE), Section("Pictures", "pictures", (Text(LOT, "note"), *drawn))
 
-# %% ../nbs/08_explain.ipynb #18e9c3ce
+# %% ../nbs/08_explain.ipynb #d4a4bce0
 CARRIED = ("What a slice contributes is how far the patient's score falls when it is left out. The two patients with the highest scores, "
            "and the one in the middle, of those with three slices or more.")
 
@@ -887,9 +946,9 @@ def patient_sections(
     "Which slices carried the score of a few patients."
     several = slices[slices.groupby("patient").score.transform("size") >= 3]
     if several.empty: return []
-    people = evaluate.pool(several, rule).sort_values("score", ascending=False)
-    people = people.iloc[sorted({0, min(1, len(people) - 1), len(people) // 2})]
+    ranked = people(several, rule).sort_values("score", ascending=False)
+    shown = ranked.iloc[sorted({0, min(1, len(ranked) - 1), len(ranked) // 2})]
     draw = lambda patient: viewer.png(patient_figure(slices[slices.patient == patient], network, preprocess, rule, FINE, threshold))
     caption = lambda row: f"Patient {row.patient}: label {row.label}, score {row.score:.2f} ({rule} of {row.slices} slices)"
-    blocks = [Figure((draw(row.patient),), caption(row), "scores along the head") for row in people.itertuples()]
+    blocks = [Figure((draw(row.patient),), caption(row), "scores along the head") for row in shown.itertuples()]
     return [Section("Which slices carried the score", "patients", (Text(CARRIED, "note"), *blocks))]

@@ -54,7 +54,7 @@ SHIFTS = {
     "rotation": Shift("deg", (-15, -5, 5, 15), lambda hu, level, rng: turned(hu, level)),
 }
 
-# %% ../nbs/07b_failures.ipynb #27d964f9
+# %% ../nbs/07b_failures.ipynb #06714aa4
 CHUNK = 16  # slices
 
 
@@ -72,17 +72,21 @@ def variants(
 def under_shifts(
     slices: DataFrame,  # usable rows of a cohort, with slice_id, patient and label
     preprocess: Preprocess,
-    score_images: Callable[[np.ndarray], np.ndarray],  # uint8[n, c, s, s] -> float[n]
+    scored: Callable[[np.ndarray, DataFrame], DataFrame],  # uint8[n, c, s, s] and their slices, `row` counting them -> samples with `score`
     jobs: int | None = None,  # processes; None: one for each processor
     seed: int = 0,
-) -> DataFrame:  # shift, level, id, patient, label, score: one row for each slice, shift and level
-    "Scores of slices under every shift."
-    parts = [slices.iloc[i : i + CHUNK] for i in range(0, len(slices), CHUNK)]
+    whole: bool = False,  # a sample is a patient, whose slices are scored together
+) -> DataFrame:  # shift, level, id, patient, label, score: one row for each sample, shift and level
+    "Scores under every shift."
+    chunks = [slices.iloc[i : i + CHUNK] for i in range(0, len(slices), CHUNK)]
+    parts = [part for _, part in slices.groupby("patient", sort=False)] if whole else chunks
     made = Parallel(jobs or -1, return_as="generator")(delayed(variants)(part, preprocess, seed + i) for i, part in enumerate(parts))
-    scores = np.concatenate([score_images(images.reshape(-1, *images.shape[2:])) for images in made])
-    names = DataFrame([(name, level) for name, shift in SHIFTS.items() for level in shift.levels], columns=["shift", "level"])
-    facts = slices[["slice_id", "patient", "label"]].rename(columns={"slice_id": "id"})
-    return facts.merge(names, how="cross")[["shift", "level", *facts]].assign(score=scores)
+    names, told = [(name, level) for name, shift in SHIFTS.items() for level in shift.levels], []
+    for part, images in zip(parts, made, strict=True):
+        rows = part.assign(row=np.arange(len(part)))
+        told += [scored(images[:, k], rows).assign(shift=name, level=level) for k, (name, level) in enumerate(names)]
+    columns = ["shift", "level", "slice_id", "patient", "label", "score"]
+    return pd.concat(told, ignore_index=True)[columns].rename(columns={"slice_id": "id"})
 
 # %% ../nbs/07b_failures.ipynb #a4b85575
 ENDS = {"": "estimate", "_low": "low", "_high": "high"}

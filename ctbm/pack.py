@@ -6,7 +6,7 @@
 __all__ = ['CHUNK', 'FACTS', 'DECODERS', 'spacing_mm', 'pixels', 'decoded', 'write_rows', 'fill', 'file_hash', 'code_version',
            'pack_key', 'Pack', 'build', 'load']
 
-# %% ../nbs/02a_pack.ipynb #2b1ba909
+# %% ../nbs/02a_pack.ipynb #f1aba9e1
 import hashlib
 import inspect
 import json
@@ -22,6 +22,7 @@ from joblib import Parallel, cpu_count, delayed
 from pandas import DataFrame
 from tqdm import tqdm
 
+from . import brain as brain_module
 from . import preprocess as preprocess_module
 from .preprocess import NoSpacing, Preprocess, Unreadable, read_hu
 
@@ -100,7 +101,7 @@ def fill(
 
 FACTS = ["hu_min", "hu_max", "hu_mean", "unreadable"]
 
-# %% ../nbs/02a_pack.ipynb #6bd86aa3
+# %% ../nbs/02a_pack.ipynb #0c9c7a51
 def file_hash(
     path: str | Path,
 ) -> str:
@@ -115,7 +116,7 @@ DECODERS = ("pydicom", "pylibjpeg", "pylibjpeg-libjpeg", "pylibjpeg-openjpeg", "
 
 def code_version() -> str:
     "A hash of the code that turns files into pixels."
-    source = "".join(map(inspect.getsource, (preprocess_module, spacing_mm, pixels, decoded)))
+    source = "".join(map(inspect.getsource, (brain_module, preprocess_module, spacing_mm, pixels, decoded)))
     libraries = [f"{name} {version(name)}" for name in DECODERS]
     return hashlib.blake2b("\n".join([source, *libraries]).encode(), digest_size=16).hexdigest()
 

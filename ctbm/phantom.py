@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['CELL_MM', 'NOISES', 'INNER_MM', 'ROUNDNESS', 'ROOF_MM', 'SCANNERS', 'SIZE', 'PARENCHYMA_HU', 'DIFFICULTIES', 'ROUND',
            'MIMICS', 'FAT_HU', 'SKIN_HU', 'MUSCLE_HU', 'COMPACT_HU', 'DIPLOE_HU', 'AIR_HU', 'CSF_HU', 'GREY_HU',
-           'WHITE_HU', 'NUCLEI', 'CISTERNS', 'VENTRICLE', 'HORNS', 'TRANSFER_SYNTAXES', 'NOTE', 'MIN_AREA_MM2',
-           'GOLDEN', 'VERSION', 'LAYOUTS', 'key_bytes', 'key_number', 'stream', 'noise_volume', 'noise', 'coverage',
-           'sigmoid', 'ellipsoid', 'capsule', 'vault_distance', 'floor_height', 'cavity', 'Scanner', 'draw_scanner',
-           'transfer', 'scan', 'Head', 'draw_head', 'rotation', 'to_patient', 'to_head', 'bend', 'Difficulty',
-           'get_difficulty', 'Blob', 'Spots', 'tentorium_height', 'draw_spots', 'draw_lesions', 'Mimic', 'side', 'deep',
-           'lateral', 'draw_mimics', 'slab', 'push', 'upsample', 'through_slab', 'Canvas', 'paint_ellipsoid',
-           'paint_capsule', 'skin_distance', 'paint_soft_tissue', 'paint_skull', 'paint_orbits', 'paint_sinuses',
-           'paint_temporal_bones', 'Fields', 'brain_fields', 'paint_cerebrum', 'paint_cerebellum', 'paint_deep',
-           'paint_vessels', 'paint_dura', 'blob_shares', 'paint_blobs', 'Slice', 'Patient', 'slice_affine',
-           'draw_anatomy', 'paint_inside', 'acquire', 'lesion_mask', 'make_slice', 'uid', 'study_header',
-           'store_pixels', 'image_dataset', 'write_dicom', 'is_positive', 'choose_slices', 'truth_row', 'slice_id',
-           'Cohort', 'write_patient', 'write_tables', 'is_complete', 'open_partial', 'make_cohort']
+           'WHITE_HU', 'NUCLEI', 'CISTERNS', 'VENTRICLE', 'HORNS', 'HIDING_HU', 'TRANSFER_SYNTAXES', 'NOTE',
+           'MIN_AREA_MM2', 'GOLDEN', 'VERSION', 'LAYOUTS', 'key_bytes', 'key_number', 'stream', 'noise_volume', 'noise',
+           'coverage', 'sigmoid', 'ellipsoid', 'capsule', 'vault_distance', 'floor_height', 'cavity', 'Scanner',
+           'draw_scanner', 'transfer', 'scan', 'Head', 'draw_head', 'rotation', 'to_patient', 'to_head', 'bend',
+           'Difficulty', 'get_difficulty', 'Blob', 'Spots', 'tentorium_height', 'draw_spots', 'draw_lesions', 'Mimic',
+           'side', 'deep', 'lateral', 'draw_mimics', 'slab', 'push', 'upsample', 'through_slab', 'Canvas',
+           'paint_ellipsoid', 'paint_capsule', 'skin_distance', 'paint_soft_tissue', 'paint_skull', 'paint_orbits',
+           'paint_sinuses', 'paint_temporal_bones', 'Fields', 'brain_fields', 'paint_cerebrum', 'paint_cerebellum',
+           'paint_deep', 'paint_vessels', 'paint_dura', 'blob_shares', 'paint_blobs', 'Slice', 'Patient',
+           'slice_affine', 'draw_anatomy', 'paint_inside', 'acquire', 'lesion_mask', 'brain_truth', 'make_slice', 'uid',
+           'study_header', 'store_pixels', 'image_dataset', 'write_dicom', 'is_positive', 'choose_slices', 'truth_row',
+           'slice_id', 'Cohort', 'write_patient', 'write_tables', 'is_complete', 'open_partial', 'make_cohort']
 
 # %% ../nbs/00a_phantom.ipynb #40a77783
 import hashlib
@@ -1062,6 +1062,20 @@ def lesion_mask(
         mask[full > most] = number
         most = np.maximum(most, full)
     return mask
+
+# %% ../nbs/00a_phantom.ipynb #715390e5
+HIDING_HU = 200  # above it bone hides what lies in the same pixel
+
+
+def brain_truth(
+    patient: Patient, # whose slice
+    z_mm: float, # table position
+    lesions: bool = True, # False: the same slice without them
+) -> np.ndarray:
+    "What lies inside the skull on a slice; bool [SIZE, SIZE]."
+    _, vault, floor = cavity(bend(patient.head, to_head(patient.head, slab(patient.scanner, patient.tilt_deg, z_mm, 4))))
+    share = upsample(upsample(through_slab(coverage(np.maximum(vault, floor)))))
+    return (share > 0.5) & (patient.render(z_mm, lesions, noise=False).hu < HIDING_HU)
 
 # %% ../nbs/00a_phantom.ipynb #ada9832b
 def make_slice(

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['STUDY', 'PIECE', 'UNIT', 'WORTH_PROCESSES', 'Look', 'SCORERS', 'SPREAD', 'FAR', 'SEPARATOR', 'HEAD_MM', 'STUDIES',
-           'SLICES', 'BROKEN', 'SUFFIXES', 'SHOWN', 'METHOD', 'sort_out', 'owned', 'names_patient', 'likeness',
-           'covered', 'behind', 'units', 'read_piece', 'read', 'Scored', 'score_slices', 'Options', 'Prediction',
-           'Predictor', 'mark', 'decided', 'typed', 'slice_table', 'study_table', 'unlike', 'far', 'counted', 'others',
-           'noted', 'without', 'was_scan', 'nameless', 'finished', 'load', 'archive', 'same', 'overlays', 'counts',
-           'describe', 'write', 'begin']
+           'SLICES', 'BROKEN', 'SUFFIXES', 'SHOWN', 'METHOD', 'SURE', 'sort_out', 'owned', 'names_patient', 'likeness',
+           'covered', 'behind', 'units', 'read_piece', 'read', 'Scored', 'score_slices', 'score_bags', 'Options',
+           'Prediction', 'Predictor', 'mark', 'decided', 'typed', 'slice_table', 'study_table', 'unlike', 'far',
+           'counted', 'others', 'noted', 'without', 'was_scan', 'nameless', 'finished', 'load', 'archive', 'same',
+           'overlays', 'as_published', 'counts', 'describe', 'write', 'begin']
 
-# %% ../nbs/09_predict.ipynb #bc90bf3c
+# %% ../nbs/09_predict.ipynb #6e61b3ed
 import hashlib
 import json
 import os
@@ -27,9 +27,11 @@ import numpy as np
 import pandas as pd
 from joblib import Parallel, cpu_count, delayed
 from pandas import DataFrame
+from scipy.special import logit
+from torch.nn import Module
 from tqdm import tqdm
 
-from . import bundle, calibration, cohort, decision, dicom, explain, export, learning, pack, reference, runs, sources
+from . import bundle, calibration, cohort, decision, dicom, explain, export, pack, patient, reference, runs, sources
 from .bundle import Bundle
 from .evaluate import POOLING
 from .preprocess import WINDOWS, Preprocess, known, read_hu
@@ -149,8 +151,8 @@ def read(
             yield [slice_ for piece in parallel(delayed(read_piece)(piece, preprocess) for piece in pieces) for slice_ in piece]
             bar.update(len(rows))
 
-# %% ../nbs/09_predict.ipynb #33929ed1
-Look = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # uint8[n, c, s, s] to score float64[n], features float32[n, d]
+# %% ../nbs/09_predict.ipynb #d4371365
+Look = Callable[[np.ndarray], tuple[np.ndarray, ...]]  # uint8[n, c, s, s] to score float64[n], features float32[n, d]; of bags, embeddings
 
 
 class Scored(NamedTuple):
@@ -162,18 +164,32 @@ class Scored(NamedTuple):
 
 def score_slices(
     made: Bundle,
+    _: Module,
     look: Look,
     studies: list[np.ndarray],  # uint8[n, c, s, s] of each study, slices in order of position
 ) -> list[Scored]:
     "Score studies slice by slice, and pool as the run does."
-    scores, features = look(np.concatenate(studies))
+    scores, features, *_ = look(np.concatenate(studies))
     ends, pool = np.cumsum([len(images) for images in studies])[:-1], POOLING[made.patients["pooling"]]
     return [Scored(float(pool(s)), s, f) for s, f in zip(np.split(scores, ends), np.split(features, ends), strict=True)]
 
 
-SCORERS: dict[str, Callable[[Bundle, Look, list[np.ndarray]], list[Scored]]] = {"slice": score_slices}  # by kind
+def score_bags(
+    _: Bundle,
+    network: Module,  # which pools; the one that looks, or one that rounds like it
+    look: Look,
+    studies: list[np.ndarray],  # uint8[n, c, s, s] of each study, slices in order of position
+) -> list[Scored]:
+    "Score studies as the network pools their slices."
+    scores, features, embeddings = look(np.concatenate(studies))
+    sizes = [len(images) for images in studies]
+    ends, told = np.cumsum(sizes)[:-1], patient.patient_scores(network, scores, embeddings, sizes)
+    return [Scored(float(p), s, f) for p, s, f in zip(told, np.split(scores, ends), np.split(features, ends), strict=True)]
 
-# %% ../nbs/09_predict.ipynb #a36ce29d
+
+SCORERS: dict[str, Callable[[Bundle, Module, Look, list[np.ndarray]], list[Scored]]] = {"slice": score_slices, "bag": score_bags}  # by kind
+
+# %% ../nbs/09_predict.ipynb #68583ce4
 @dataclass(frozen=True)
 class Options:
     "How to predict; none of it changes the score but the engine's rounding."
@@ -259,7 +275,7 @@ class Predictor:
         decoded = {number: order for number, order in decoded.items() if order}
         if decoded:
             stacks, order = [np.stack([images[i] for i in order]) for order in decoded.values()], sum(decoded.values(), [])
-            scored = SCORERS[self.made.model["kind"]](self.made, self.look, stacks)
+            scored = SCORERS[self.made.model["kind"]](self.made, self.made.network, self.look, stacks)
             told.loc[list(decoded), "score"] = plain = np.array([each.score for each in scored])
             seen.loc[order, "slice_score"] = np.concatenate([each.slices for each in scored])
             seen.loc[order, "slice_ood"] = self.made.distance(np.concatenate([each.features for each in scored]))
@@ -269,11 +285,11 @@ class Predictor:
     def spread(self, stacks: list[np.ndarray], plain: np.ndarray) -> dict[str, np.ndarray]:
         "How far the scores of studies move between folds, and when the slices are turned a little."
         found, score = {}, SCORERS[self.made.model["kind"]]
-        looks: dict[str, list[Look]] = {
-            "folds": [lambda images, net=net: learning.look(net, images) for net in self.folds.values() if self.options.ensemble],
-            "tta": [lambda images, k=k: self.look(explain.turned(images, k)) for k in range(1, self.options.tta + 1)]}
+        looks: dict[str, list[tuple[Module, Look]]] = {
+            "folds": [(net, lambda images, net=net: self.made.look(images, net)) for net in self.folds.values() if self.options.ensemble],
+            "tta": [(self.made.network, lambda images, k=k: self.look(explain.turned(images, k))) for k in range(1, self.options.tta + 1)]}
         for name, each in looks.items():
-            scores = [np.array([one.score for one in score(self.made, look, stacks)]) for look in each]
+            scores = [np.array([one.score for one in score(self.made, *eyes, stacks)]) for eyes in each]
             scores = np.stack([plain] * (name == "tta") + scores) if each else None
             found |= {f"{name}_{what}": figure(scores) for what, figure in SPREAD.items() if each}
         return found
@@ -334,7 +350,7 @@ def typed(
     "These columns, in this order, each of its type."
     return table.reindex(columns=list(columns)).astype(columns).reset_index(drop=True)
 
-# %% ../nbs/09_predict.ipynb #721272f9
+# %% ../nbs/09_predict.ipynb #76b2ad2b
 def slice_table(
     made: Bundle,
     found: Source,
@@ -346,6 +362,7 @@ def slice_table(
     unread = table.why.isna() & ~table.used
     table.loc[unread, "why"] = table.get("unreadable", table.why)[unread]
     table["why"] = table.why.where(table.why.notna() | table.used, table.passed)
+    if made.model["kind"] == "bag": return table  # its operating point is the patients'
     at = decided(table.score[table.used].to_numpy(), made.chosen, made.calibration, made.triage)
     return table.join(DataFrame(at, index=table.index[table.used]).drop(columns="threshold"))
 
@@ -545,7 +562,25 @@ def overlays(
     return {(row.path, int(row.frame)): explain.overlay(hu, each, "brain", top)
             for row, hu, each in zip(slices.itertuples(), images, placed, strict=True)}
 
-# %% ../nbs/09_predict.ipynb #9832baff
+# %% ../nbs/09_predict.ipynb #596c18e3
+SURE = {"HIGH": 0.3, "MODERATE": 0.15, "LOW": -1.0}  # distance of the score from one half, more than
+
+
+def as_published(
+    found: Prediction,
+) -> DataFrame:  # patient_id, prediction (1, 0, or -1: none), probability, patient_logit, num_slices, mean_slice_prob, ...
+    "A row for each study under the published names."
+    studies, used = found.studies, found.slices[found.slices.used]
+    key = lambda table: table.patient.fillna("") + "\0" + table.study.fillna("")
+    of_slices = used.groupby(key(used)).score.agg(["mean", "max"]).reindex(key(studies))
+    called, sure = studies.decision.map({"positive": 1, "negative": 0}).fillna(-1).astype(int), (studies.score - 0.5).abs()
+    return DataFrame({
+        "patient_id": studies.patient, "prediction": called, "probability": studies.score, "patient_logit": logit(studies.score.to_numpy()),
+        "num_slices": studies.slices.fillna(0).astype(int), "mean_slice_prob": of_slices["mean"].to_numpy(),
+        "max_slice_prob": of_slices["max"].to_numpy(), "num_dicom_files": (studies.slices.fillna(0) + studies.set_aside.fillna(0)).astype(int),
+        "confidence": [next((name for name, least in SURE.items() if far > least), None) for far in sure], "error": studies.problem})
+
+# %% ../nbs/09_predict.ipynb #af6150f2
 def counts(
     found: Prediction,
 ) -> dict[str, Any]:
@@ -603,6 +638,7 @@ def write(
         raise
     for name, table in {"studies": found.studies, "slices": found.slices.drop(columns="path")}.items():
         for ending in (".csv", ".parquet"): runs.write_table(partial / f"{name}{ending}", table)
+    if made.model["kind"] == "bag": runs.write_table(partial / "predictions.csv", as_published(found))
     runs.write_json(partial / "predict.json", asked | {"counts": counts(found)})
     for name in ("parts", "unpacked"): shutil.rmtree(partial / name, ignore_errors=True)
     os.rename(partial, out)

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['CT_CLASSES', 'LOSSY_JPEG', 'PLUGINS', 'JPEG_END', 'AIR_HU', 'WINDOWS', 'PURPOSES', 'GRID', 'TISSUE_HU', 'BONE_HU',
-           'DEPTH', 'SQUARE', 'DISC', 'FITS', 'FARTHEST_MM', 'CROPS', 'FLOORS', 'RESIZES', 'Rescale', 'rescale',
-           'transfer_syntax', 'why_not_hu', 'Unreadable', 'stored_values', 'fill_padding', 'read_hu', 'Window',
-           'window', 'known', 'windows_figure', 'Box', 'bounding_box', 'published_mask', 'coarse_skull', 'skull_mask',
-           'skull_box', 'Placement', 'letterbox', 'NoSpacing', 'shape_at', 'placement', 'resize', 'floored',
-           'crop_mask', 'crop_box', 'channels', 'Preprocess', 'steps', 'examples_grid']
+           'DEPTH', 'SQUARE', 'DISC', 'FITS', 'FARTHEST_MM', 'Z_RANGE', 'FLAT', 'CROPS', 'FLOORS', 'RESIZES', 'MASKS',
+           'INTENSITIES', 'Rescale', 'rescale', 'transfer_syntax', 'why_not_hu', 'Unreadable', 'stored_values',
+           'fill_padding', 'read_hu', 'Window', 'window', 'known', 'windows_figure', 'Box', 'bounding_box',
+           'published_mask', 'coarse_skull', 'skull_mask', 'skull_box', 'Placement', 'letterbox', 'NoSpacing',
+           'shape_at', 'placement', 'resize', 'moments', 'standardised', 'floored', 'crop_mask', 'crop_box', 'channels',
+           'Preprocess', 'plane_names', 'steps', 'examples_grid', 'stages_figure']
 
-# %% ../nbs/02_preprocess.ipynb #5c5673c8
+# %% ../nbs/02_preprocess.ipynb #d40d9694
 import os
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -35,6 +36,8 @@ from pydicom.uid import (
     LegacyConvertedEnhancedCTImageStorage,
     SecondaryCaptureImageStorage,
 )
+
+from .brain import brain_mask
 
 # %% ../nbs/02_preprocess.ipynb #eb674399
 class Rescale(NamedTuple):
@@ -370,8 +373,39 @@ def resize(
     if how == "area": image = cv2.resize(image, (min(cols, image.shape[1]), min(rows, image.shape[0])), interpolation=cv2.INTER_AREA)
     return image if image.shape == (rows, cols) else cv2.resize(image, (cols, rows), interpolation=cv2.INTER_LINEAR)
 
-# %% ../nbs/02_preprocess.ipynb #1d172e56
+# %% ../nbs/02_preprocess.ipynb #190719b3
+Z_RANGE = 4 # standard deviations on either side of the mean that a picture holds
+FLAT = 1e-6 # a standard deviation below is rounding: the picture is constant
+
+
+def moments(
+    hu:np.ndarray, # float32 [rows, cols]
+    windows, # (level, width) in HU
+    inside:np.ndarray|None=None, # bool [rows, cols]: the rest is black; None: nothing is
+    where:np.ndarray|None=None, # bool [rows, cols]: what is measured; None: the whole slice
+)->list[tuple[float, float]]: # of each window; 0, 0 where nothing is measured
+    "Mean and standard deviation of the slice in each window"
+    found = []
+    for level, width in windows:
+        grey = window(hu, level, width)
+        if inside is not None: grey *= inside
+        seen = grey.ravel() if where is None else grey[where]
+        found.append((float(seen.mean(dtype=np.float64)), float(seen.std(dtype=np.float64))) if seen.size else (0.0, 0.0))
+    return found
+
+
+def standardised(
+    planes:np.ndarray, # float32 [channels, rows, cols] in 0..1
+    scales:list[tuple[float, float]], # mean and standard deviation of each, from `moments`
+)->np.ndarray: # float32, same shape: (z + Z_RANGE) / (2 * Z_RANGE), clipped to 0..1
+    "Z-scores, stored so that a byte can hold them; 0.5 everywhere where there is no deviation"
+    z = np.stack([(plane - mean) / deviation if deviation > FLAT else np.zeros_like(plane)
+                  for plane, (mean, deviation) in zip(planes, scales, strict=True)])
+    return np.clip((z + Z_RANGE) / (2 * Z_RANGE), 0, 1).astype(np.float32)
+
+# %% ../nbs/02_preprocess.ipynb #d5431657
 CROPS, FLOORS, RESIZES = ("skull", "published", "none"), ("none", "published"), ("area", "bilinear")
+MASKS, INTENSITIES = ("none", "brain"), ("window", "zscore_brain", "zscore_slice")
 
 
 def floored(
@@ -405,16 +439,19 @@ def channels(
     size:int, # side of the square
     how:str, # one of `RESIZES`
     place:Placement, # where the picture goes in the square
+    inside:np.ndarray|None=None, # bool [rows, cols]: the rest becomes black in every window; None: nothing does
 )->np.ndarray: # float32 [channels, size, size] in 0..1
     "Windows first, then each to its place"
     rows, cols, top, left = place
     out, cut = np.zeros((len(windows), size, size), np.float32), Box(max(-top, 0), size - top, max(-left, 0), size - left)
     for plane, (level, width) in zip(out, windows, strict=True):
-        seen = cut.cut(resize(window(hu, level, width), rows, cols, how))
+        grey = window(hu, level, width)
+        if inside is not None: grey *= inside
+        seen = cut.cut(resize(grey, rows, cols, how))
         plane[max(top, 0):max(top, 0) + seen.shape[0], max(left, 0):max(left, 0) + seen.shape[1]] = seen
     return np.minimum(out, 1, out=out) # averaging can round above 1
 
-# %% ../nbs/02_preprocess.ipynb #1f4f7a0e
+# %% ../nbs/02_preprocess.ipynb #8b3fc8a7
 @dataclass(frozen=True)
 class Preprocess:
     "What is done to an HU image before a network sees it; call it on one"
@@ -426,9 +463,11 @@ class Preprocess:
     resize: str = "area" # or "bilinear", see `resize`
     resample_mm: float|None = None # side of a pixel in mm, see `fit`; None: pixels as they come
     fit: str = "letterbox" # "letterbox": fill the square, keep proportions; "squeeze": lose them; "scale": `resample_mm` a pixel, cut, pad
+    mask: str = "none" # "brain": what is not brain becomes black in every window, see `brain.brain_mask`
+    intensity: str = "window" # "window": 0..1 in each; "zscore_brain": z-score over the brain; "zscore_slice": over the slice, air included
 
     def __post_init__(self):
-        choices = {"crop": CROPS, "floor": FLOORS, "resize": RESIZES, "fit": FITS}
+        choices = {"crop": CROPS, "floor": FLOORS, "resize": RESIZES, "fit": FITS, "mask": MASKS, "intensity": INTENSITIES}
         for field, names in choices.items(): known(field, getattr(self, field), names)
         pairs = [WINDOWS[known("window", pair, WINDOWS)] if isinstance(pair, str) else pair for pair in self.windows]
         object.__setattr__(self, "windows", tuple((float(level), float(width)) for level, width in pairs))
@@ -452,25 +491,43 @@ class Preprocess:
     def __call__(self, hu, spacing_mm=None):
         "HU [rows, cols] to float32 [channels, size, size] in 0..1; `spacing_mm` (row, column) for pixels not square and `resample_mm`"
         hu = floored(hu) if self.floor == "published" else np.asarray(hu, np.float32)
-        hu = crop_box(hu, self.crop, self.margin_px).cut(hu)
+        brain, box = self.brain(hu, spacing_mm), crop_box(hu, self.crop, self.margin_px)
+        inside, where = brain if self.mask == "brain" else None, brain if self.intensity == "zscore_brain" else None
+        scales = moments(hu, self.windows, inside, where) if self.intensity != "window" else None
+        hu, inside = box.cut(hu), None if inside is None else box.cut(inside)
         if self.resample_mm is not None and self.fit != "scale":
-            hu, spacing_mm = resize(hu, *shape_at(hu.shape, spacing_mm, self.resample_mm), "bilinear"), (1, 1)
+            shape = shape_at(hu.shape, spacing_mm, self.resample_mm)
+            hu, spacing_mm = resize(hu, *shape, "bilinear"), (1, 1)
+            if inside is not None: inside = resize(inside.astype(np.float32), *shape, "bilinear") > 0.5
         place = placement(hu.shape, self.size, self.fit, spacing_mm, self.resample_mm)
-        return channels(hu, self.windows, self.size, self.resize, place)
+        planes = channels(hu, self.windows, self.size, self.resize, place, inside)
+        return planes if scales is None else standardised(planes, scales)
 
-# %% ../nbs/02_preprocess.ipynb #e2913edd
+    def brain(self, hu, spacing_mm=None):
+        "The brain of an image as this spec sees it; None where it does not ask for one"
+        return brain_mask(hu, spacing_mm=spacing_mm) if "brain" in (self.mask, self.intensity.removeprefix("zscore_")) else None
+
+# %% ../nbs/02_preprocess.ipynb #31b5892d
+def plane_names(
+    spec:Preprocess, # what is done
+)->list[str]: # one a channel
+    "w1, w2... for windows, z1, z2... for z-scores of windows"
+    return [f"{'w' if spec.intensity == 'window' else 'z'}{i + 1}" for i in range(len(spec.windows))]
+
+
 def steps(
     hu:np.ndarray, # [rows, cols] in HU
     spec:Preprocess, # what to do
     spacing_mm:tuple[float, float]|None=None, # row and column spacing when pixels may not be square, or for `resample_mm`
-)->dict[str, np.ndarray]: # "raw", "mask" and "crop" in image pixels, then "w1", "w2"... as the network gets them
+)->dict[str, np.ndarray]: # "raw", "mask" and "crop" in image pixels, then "w1", "w2"... (or "z1"...) as the network gets them
     "What each stage of a `Preprocess` makes of an image"
     raw = floored(hu) if spec.floor == "published" else np.asarray(hu, np.float32)
-    crop = crop_box(raw, spec.crop, spec.margin_px).cut(raw)
-    planes = {f"w{i}": plane for i, plane in enumerate(spec(hu, spacing_mm), 1)}
-    return {"raw": raw, "mask": crop_mask(raw, spec.crop), "crop": crop, **planes}
+    mask = spec.brain(raw, spacing_mm) if spec.mask == "brain" else crop_mask(raw, spec.crop)
+    kept = np.where(mask, raw, AIR_HU) if spec.mask == "brain" else raw
+    planes = dict(zip(plane_names(spec), spec(hu, spacing_mm), strict=True))
+    return {"raw": raw, "mask": mask, "crop": crop_box(raw, spec.crop, spec.margin_px).cut(kept), **planes}
 
-# %% ../nbs/02_preprocess.ipynb #020185ce
+# %% ../nbs/02_preprocess.ipynb #9116950b
 def examples_grid(
     hu_images, # HU images, a row each
     titles, # what to write beside each
@@ -483,8 +540,10 @@ def examples_grid(
     level, width = WINDOWS["brain"]
     limits = {"raw": (level - width / 2, level + width / 2), "mask": (0, 1)}
     limits["crop"] = limits["raw"]
-    heads = [f"{name}\n{low:g} to {high:g} HU" if name != "mask" else f"mask\n{spec.crop}" for name, (low, high) in limits.items()]
-    heads += [f"w{i}\n{level - width / 2:g} to {level + width / 2:g} HU" for i, (level, width) in enumerate(spec.windows, 1)]
+    masked = "brain" if spec.mask == "brain" else spec.crop
+    heads = [f"{name}\n{low:g} to {high:g} HU" if name != "mask" else f"mask\n{masked}" for name, (low, high) in limits.items()]
+    heads += [f"{name}\n{level - width / 2:g} to {level + width / 2:g} HU"
+              for name, (level, width) in zip(plane_names(spec), spec.windows, strict=True)]
     fig = Figure(figsize=(2 * len(heads), 2.05 * len(hu_images) + 0.5), facecolor="black", layout="constrained")
     axes = fig.subplots(len(hu_images), len(heads), squeeze=False)
     for row, hu, title, spacing_mm in zip(axes, hu_images, titles, spacings_mm or [None] * len(titles), strict=True):
@@ -495,4 +554,36 @@ def examples_grid(
             ax.spines[:].set_color("0.3")
         row[0].set_ylabel(title, color="white", fontsize=10)
     for ax, text in zip(axes[0], heads, strict=True): ax.set_title(text, color="white", fontsize=10)
+    return fig
+
+# %% ../nbs/02_preprocess.ipynb #26e37ee1
+def stages_figure(
+    hu_images, # HU images, a row each
+    titles, # what to write beside each
+    spec:Preprocess, # what is done to them; its first channel is shown
+    spacings_mm=None, # row and column spacing of each, when pixels may not be square, or for `resample_mm`
+    notes=None, # what quality says of each, written under the last picture
+): # a matplotlib Figure, white on black
+    "Raw HU, brain extraction, windowing, normalisation and the exact input of the model, side by side"
+    from matplotlib.figure import Figure # heavy, and only pictures need it
+
+    (level, width), spacings_mm = spec.windows[0], spacings_mm or [None] * len(titles)
+    heads = ["raw\n-1000 to 1000 HU", "brain extraction", f"windowing\n{level - width / 2:g} to {level + width / 2:g} HU",
+             f"normalisation\n{spec.intensity}", f"model input\n{spec.size} x {spec.size}"]
+    fig = Figure(figsize=(2.4 * len(heads), 2.6 * len(titles) + 0.5), facecolor="black", layout="constrained")
+    axes = fig.subplots(len(titles), len(heads), squeeze=False)
+    for row, hu, title, spacing_mm, note in zip(axes, hu_images, titles, spacings_mm, notes or [""] * len(titles), strict=True):
+        raw = steps(hu, spec, spacing_mm)["raw"]
+        brain = spec.brain(raw, spacing_mm)
+        inside = brain if spec.mask == "brain" else np.ones(raw.shape, bool)
+        grey = window(raw, level, width) * inside
+        scales = moments(raw, spec.windows[:1], inside, brain if spec.intensity == "zscore_brain" else None)
+        normal = grey if spec.intensity == "window" else standardised(grey[None], scales)[0]
+        for ax, image in zip(row, (window(raw, 0, 2000), window(np.where(inside, raw, AIR_HU), 0, 2000), grey, normal), strict=False):
+            ax.imshow(image, cmap="gray", vmin=0, vmax=1)
+        row[-1].imshow(spec(hu, spacing_mm)[0], cmap="gray", vmin=0, vmax=1)
+        row[0].set_ylabel(title, color="white", fontsize=11)
+        row[-1].set_xlabel(note, color="white", fontsize=10)
+    for ax, text in zip(axes[0], heads, strict=True): ax.set_title(text, color="white", fontsize=11)
+    for ax in axes.flat: ax.set(xticks=[], yticks=[])
     return fig

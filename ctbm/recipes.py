@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'SCHEDULES', 'CHOICES', 'ALIASES', 'PARTS', 'FIXED', 'LIMITS', 'STAGE_LIMITS', 'PUBLISHED', 'DEMO',
-           'SCALES', 'GRID_BASES', 'GRIDS', 'NULLABLE', 'Stage', 'Recipe', 'part_types', 'flat', 'conform', 'override',
-           'translate', 'locate', 'check', 'resolve', 'notebook_parameters']
+           'SCALES', 'GRID_BASES', 'GRIDS', 'NULLABLE', 'Stage', 'Bag', 'Recipe', 'part_types', 'read_by', 'flat',
+           'conform', 'override', 'translate', 'locate', 'check', 'resolve', 'notebook_parameters']
 
-# %% ../nbs/04b_recipes.ipynb #05398a88
+# %% ../nbs/04b_recipes.ipynb #4c3b2658
 from dataclasses import asdict, dataclass, field, fields, replace
 from math import inf
 from types import UnionType
@@ -18,10 +18,12 @@ from .datasets import Augmentation
 from .decision import Decision
 from .evaluate import POOLING
 from .losses import Objective
-from .preprocess import FITS, Preprocess, known
+from .pooling import POOLS
+from .preprocess import FITS, INTENSITIES, MASKS, Preprocess, known
+from .texture import RULES, Texture
 from .thresholds import CANDIDATES, STRATEGIES, Rule
 
-# %% ../nbs/04b_recipes.ipynb #d31d1d54
+# %% ../nbs/04b_recipes.ipynb #8effda07
 @dataclass(frozen=True)
 class Stage:
     "A stretch of training."
@@ -31,19 +33,36 @@ class Stage:
     weight_decay: float
     patience: int  # epochs without improvement that are put up with; one more ends the stage
     trainable: int | tuple[str, ...] | None  # last n feature stages (0: classifier only), module names, or None for all
+    lr_body: tuple[float, ...] = ()  # learning rates of the feature stages, the last stage first, deeper ones as the last number; (): lr
+    weight_decay_body: float | None = None  # weight decay of the feature stages; None: weight_decay
 
-# %% ../nbs/04b_recipes.ipynb #fa43694b
+# %% ../nbs/04b_recipes.ipynb #db9d5080
+@dataclass(frozen=True)
+class Bag:
+    "How the slices of a patient become one sample."
+    bag_pooling: str = "max"  # from slices to the patient: a name in pooling.POOLS
+    max_slices: int | None = 32  # slices of a patient in a training step, drawn anew each epoch; None: all. Scoring takes all
+    keep_positive: bool = True  # the draw holds a positive slice of a patient who has one; False: the draw is blind
+    negative_ratio: float | None = 1.5  # negative patients for each positive one in a training epoch; None: all
+    slice_weight: float = 0.0  # weight of the loss of single slices, by their own labels, beside that of patients
+    separation_weight: float = 0.15  # weight of a penalty where the batch's positive and negative patients score less than this apart:
+    separation: float = 0.30  # ... difference of the mean probabilities
+
+# %% ../nbs/04b_recipes.ipynb #b3412dbf
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides a result."
     name: str
-    kind: str  # what one sample is: "slice"
+    kind: str  # what one sample is: "slice" or "bag", all slices of a patient
     stages: tuple[Stage, ...]
     preprocess: Preprocess = field(default_factory=Preprocess)
     augment: Augmentation = field(default_factory=Augmentation)
+    alter: Texture = field(default_factory=Texture)
     objective: Objective = field(default_factory=Objective)  # what a wrong answer costs
+    bag: Bag = field(default_factory=Bag)  # read where one sample is a bag
     backbone: str = "resnet18"  # any timm name
-    weights: str = "auto"  # "auto", "imagenet", "none" or a path
+    hidden: int = 0  # units of a layer between the features and the logit; 0: none
+    weights: str = "auto"  # "auto", "imagenet", "radimagenet", "none" or a path
     normalise: bool = True  # shift and scale images as the network's pretraining did; False leaves them between 0 and 1
     dropout_p: float = 0.0  # before the classifier
     drop_path_p: float = 0.0  # stochastic depth, where the network has it
@@ -53,12 +72,13 @@ class Recipe:
     plateau_factor: float = 0.5  # schedule "plateau": the rate is multiplied by this
     plateau_patience: int = 2  # ... when so many epochs and one more bring nothing better
     min_lr: float = 1e-6  # ... but it does not fall below this
+    continuous: bool = False  # stages go on from the last epoch before them, optimizer included, and the best epoch of all counts
     clip_norm: float | None = 1.0  # gradients are scaled down to this norm; None leaves them
-    batch_size: int = 16  # slices
+    batch_size: int = 16  # slices; of bags, patients
     accumulate: int = 1  # batches whose gradients are added up before a step
     activation_checkpointing: bool = False  # compute activations twice instead of keeping them: less memory, more time
     monitor: str = "auprc"  # what chooses the epoch: "auprc", "fbeta" (at its best threshold), "roc_auc" or "loss"
-    checkpoint_every: int = 0  # epochs between checkpoint files, beside that of the best epoch; 0 writes none
+    checkpoint_every: int = 0  # epochs between checkpoint files, beside those of better epochs; of bags: where stages end. 0: none
     precision: str = "auto"  # "auto", "32", "bf16-mixed", "16-mixed"
     seed: int = 42  # decides the split, the start and every draw
     test_size: float = 0.15  # share of the patients in the locked test set
@@ -68,7 +88,7 @@ class Recipe:
     rule: Rule = field(default_factory=Rule)  # how the operating point is chosen
     decision: Decision = field(default_factory=Decision)  # how scores become probabilities and actions
 
-# %% ../nbs/04b_recipes.ipynb #343eca60
+# %% ../nbs/04b_recipes.ipynb #b9ecf8b5
 RECIPES = {
     "slice_cv": Recipe(
         name="slice_cv", kind="slice", dropout_p=0.4, objective=Objective(label_smoothing=0.05),
@@ -84,18 +104,30 @@ RECIPES = {
         balanced=False, optimizer="adam", schedule="constant", clip_norm=None, batch_size=8, monitor="fbeta", checkpoint_every=5,
         k_folds=1, holdout_frac=3 / 17, selection="published", rule=Rule("max_fbeta", "exact"),
     ),
+    "patient": Recipe(
+        name="patient", kind="bag", backbone="resnet50", hidden=512, dropout_p=0.4,
+        preprocess=Preprocess(size=256, windows=("brain",), mask="brain", intensity="zscore_brain"),
+        augment=Augmentation(rotate_deg=5.0, translate=3 / 256, zoom=(1.0, 1.0), blur_p=0.0, erase_p=0.0),
+        stages=(Stage("warmup", epochs=5, lr=5e-5, weight_decay=1e-3, patience=5, trainable=0),
+                Stage("layer4", epochs=7, lr=5e-5, weight_decay=1e-3, patience=7, trainable=1, lr_body=(1e-5,), weight_decay_body=1e-4),
+                Stage("layer3", epochs=38, lr=5e-5, weight_decay=1e-3, patience=38, trainable=2, lr_body=(1e-5, 5e-6),
+                      weight_decay_body=1e-4)),
+        balanced=False, optimizer="adam", schedule="constant", continuous=True, batch_size=4, monitor="fbeta", checkpoint_every=1,
+        k_folds=1, holdout_frac=0.2, selection="published", rule=Rule("max_f1", "exact", fbeta=1.0),
+    ),
 }
 
-# %% ../nbs/04b_recipes.ipynb #90e9dbc9
+# %% ../nbs/04b_recipes.ipynb #09c18ce8
 SCHEDULES = ("constant", "cosine", "warmup_cosine", "one_cycle", "linear", "step", "exponential", "plateau")
 CHOICES = {
     "optimizer": ("adamw", "adam", "sgd"), "schedule": SCHEDULES, "selection": ("inner_holdout", "published"), "fit": FITS,
-    "monitor": ("auprc", "fbeta", "roc_auc", "loss"),
+    "monitor": ("auprc", "fbeta", "roc_auc", "loss"), "mask": MASKS, "intensity": INTENSITIES, "bag_pooling": tuple(POOLS),
+    "texture": RULES,
     "threshold_strategy": STRATEGIES, "threshold_candidates": CANDIDATES, "calibration": METHODS, "pooling": tuple(POOLING),
     "precision": ("auto", "32", "bf16-mixed", "16-mixed"),
 }
 ALIASES = {"out_size": "size", "ft_trainable_attrs": "trainable_ft"}  # the original's names where ours differ
-PARTS = ("preprocess", "augment", "objective", "rule", "decision")  # fields that are dataclasses of their own
+PARTS = ("preprocess", "augment", "alter", "objective", "bag", "rule", "decision")  # fields that are dataclasses of their own
 FIXED = ("name", "kind", "stages", *PARTS)
 
 
@@ -104,12 +136,19 @@ def part_types() -> list[type]:
     return [get_type_hints(Recipe)[part] for part in PARTS]
 
 
+def read_by(
+    recipe: Recipe,
+) -> tuple[str, ...]:  # of PARTS
+    "The parts that mean something to a recipe: without bags, `bag` does not."
+    return tuple(part for part in PARTS if part != "bag" or recipe.kind == "bag")
+
+
 def flat(
     recipe: Recipe,
 ) -> dict[str, Any]:  # name: value, JSON-able
     "A recipe as one level of names and values."
     values = {f.name: getattr(recipe, f.name) for f in fields(recipe) if f.name not in FIXED}
-    for part in PARTS:
+    for part in read_by(recipe):
         values |= asdict(getattr(recipe, part))
     for stage in recipe.stages:
         values |= {f"{key}_{stage.name}": value for key, value in asdict(stage).items() if key != "name"}
@@ -144,14 +183,14 @@ def conform(
     what = hint if get_origin(hint) else hint.__name__
     raise ValueError(f"{name} must be {what}, not {value!r}" + " (write lists as [1, 2])" * ("tuple" in str(what)))
 
-# %% ../nbs/04b_recipes.ipynb #f73773ee
+# %% ../nbs/04b_recipes.ipynb #b87b60a2
 def override(
     recipe: Recipe,
     values: dict[str, Any],  # flat names, or the original's names for them
 ) -> Recipe:
     "The recipe with some values replaced; every name and type checked."
     valid = flat(recipe)
-    top, parts, stages = {}, {part: {} for part in PARTS}, {s.name: {} for s in recipe.stages}
+    top, parts, stages = {}, {part: {} for part in read_by(recipe)}, {s.name: {} for s in recipe.stages}
     for name, value in translate(values).items():
         known("parameter", name, [*valid, *ALIASES])
         owner, key, target = locate(recipe, name, top, parts, stages)
@@ -186,7 +225,7 @@ def locate(
     key, _, stage = name.rpartition("_")
     return Stage, key, stages[stage]
 
-# %% ../nbs/04b_recipes.ipynb #4d7d9543
+# %% ../nbs/04b_recipes.ipynb #eccc1030
 LIMITS = {
     "test_size": (0.01, 0.9), "holdout_frac": (0.01, 0.9), "dropout_p": (0, 0.99), "k_folds": (1, 100),
     "drop_path_p": (0, 0.99), "resample_mm": (0.01, 100),
@@ -196,7 +235,9 @@ LIMITS = {
     "flip_p": (0, 1), "blur_p": (0, 1), "erase_p": (0, 1), "rotate_deg": (0, 180), "translate": (0, 1), "zoom": (0.1, 10),
     "blur_sigma": (0, 10), "erase_area": (0, 1), "erase_ratio": (0.01, 100),
     "sens_target": (0, 1), "spec_target": (0, 1), "fbeta": (0.01, 100), "cost_ratio": (1e-6, 1e6), "prevalence": (1e-6, 1 - 1e-6),
-    "miss_level": (0, 1 - 1e-6), "false_alarm_level": (0, 1 - 1e-6),
+    "miss_level": (0, 1 - 1e-6), "false_alarm_level": (0, 1 - 1e-6), "hidden": (0, 65536),
+    "max_slices": (1, 100_000), "negative_ratio": (0.01, 1e6), "slice_weight": (0, inf), "separation_weight": (0, inf),
+    "separation": (0, 1),
 }
 STAGE_LIMITS = dict.fromkeys(("lr_", "weight_decay_", "patience_", "epochs_", "trainable_"), (0, inf))
 
@@ -208,37 +249,47 @@ def check(
     values = flat(recipe)
     limits = LIMITS | {name: limit for start, limit in STAGE_LIMITS.items() for name in values if name.startswith(start)}
     for name, (low, high) in limits.items():
-        numbers = values[name] if isinstance(values[name], tuple) else (values[name],)
+        numbers = values.get(name) if isinstance(values.get(name), tuple) else (values.get(name),)
         for number in numbers:
             if isinstance(number, (int, float)) and not low <= number <= high:
                 raise ValueError(f"{name} must be between {low} and {high}, not {values[name]!r}")
         if name in ("zoom", "blur_sigma", "erase_area", "erase_ratio", "elastic_magnitude") and numbers[0] > numbers[1]:
             raise ValueError(f"{name} must be the smaller number, then the larger, not {values[name]!r}")
+    if recipe.kind == "bag" and recipe.balanced:
+        raise ValueError("balanced draws slices; of bags, negative_ratio says how many negative patients are drawn for a positive one")
     if not any(stage.epochs for stage in recipe.stages):
         raise ValueError(f"nothing would be trained: {', '.join(f'epochs_{stage.name}' for stage in recipe.stages)} are 0")
     return recipe
 
-# %% ../nbs/04b_recipes.ipynb #ca1c9a95
+# %% ../nbs/04b_recipes.ipynb #d69f70de
 PUBLISHED = {
     "slice_cv": {"crop": "published", "margin_px": 0, "floor": "published", "resize": "bilinear", "blur_p": 1.0, "selection": "published",
                  "calibration": "none"},
     "focal_f2": {"backbone": "efficientnetv2_m", "crop": "none", "fit": "squeeze", "elastic_magnitude": (0.5, 1.0), "normalise": False,
                  "batch_size": 4, "calibration": "none"},
+    "patient": {"weights": "radimagenet", "crop": "none", "fit": "squeeze", "resize": "bilinear", "intensity": "zscore_slice",
+                "flip_p": 0.0, "texture": "by_class", "batch_size": 1, "separation_weight": 0.0, "max_slices": None, "keep_positive": False,
+                "threshold_candidates": "grid", "calibration": "none"},
 }
 DEMO = {
     "slice_cv": {"size": 96, "k_folds": 3, "batch_size": 32, "holdout_frac": 0.15, "dropout_p": 0.2, "rotate_deg": 10.0, "erase_p": 0.0,
                  "epochs_head": 1, "lr_head": 1e-3, "epochs_ft": 14, "lr_ft": 1e-3, "patience_ft": 14, "trainable_ft": None},
     "focal_f2": {"backbone": "tf_efficientnetv2_b0", "size": 96, "resample_mm": 2.25, "batch_size": 32, "epochs_all": 30, "lr_all": 1e-3,
                  "drop_path_p": 0.0, "rotate_deg": 10.0, "zoom": (0.9, 1.1), "patience_all": 30, "schedule": "cosine"},
+    "patient": {"backbone": "resnet18", "size": 96, "hidden": 0, "dropout_p": 0.2, "rotate_deg": 10.0, "zoom": (0.9, 1.1), "max_slices": 12,
+                "slice_weight": 1.0, "checkpoint_every": 0, "epochs_warmup": 1, "lr_warmup": 1e-3, "epochs_layer4": 1, "lr_layer4": 1e-3,
+                "lr_body_layer4": (), "epochs_layer3": 14, "lr_layer3": 1e-3, "lr_body_layer3": (), "trainable_layer3": None,
+                "patience_layer3": 14},
 }
 SCALES = ("demo", "full")
 
-# %% ../nbs/04b_recipes.ipynb #d6d7ed5d
+# %% ../nbs/04b_recipes.ipynb #7673017e
 GRID_BASES = {
     "slice_cv": {"optimizer": "adamw", "lr_head": 3e-3, "lr_ft": 1.5e-4, "weight_decay_head": 5e-5, "weight_decay_ft": 7e-4,
                  "epochs_head": 12, "epochs_ft": 12, "patience_head": 2, "patience_ft": 2, "dropout_p": 0.3, "trainable_ft": None,
                  "label_smoothing": 0.0, "schedule": "constant"},
     "focal_f2": {},
+    "patient": {},
 }
 GRIDS = {
     "slice_cv": {
@@ -260,6 +311,11 @@ GRIDS = {
         "alpha_half": {"focal_alpha": 0.5},
         "plateau": {"schedule": "plateau"},
         "warmup_cosine": {"schedule": "warmup_cosine"},
+    },
+    "patient": {
+        "baseline": {},
+        **{f"pool_{name}": {"bag_pooling": name} for name in ("mean", "top3", "log_sum_exp", "noisy_or", "attention", "gru")},
+        "slices_too": {"slice_weight": 1.0},
     },
 }
 
@@ -284,8 +340,9 @@ def resolve(
         resolved = replace(resolved, selection="inner_holdout")
     return resolved
 
-# %% ../nbs/04b_recipes.ipynb #30a4999c
-NULLABLE = ("clip_norm", "trainable_", "ft_trainable_attrs", "resample_mm")  # None is a value of its own
+# %% ../nbs/04b_recipes.ipynb #73b5ae64
+NULLABLE = ("clip_norm", "trainable_", "ft_trainable_attrs", "resample_mm", "max_slices", "negative_ratio",
+            "weight_decay_body_")  # None is a value of its own
 
 
 def notebook_parameters(

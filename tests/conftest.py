@@ -14,6 +14,9 @@ SMALL = {"scale": "demo", "backbone": "resnet10t", "weights": "none", "size": 32
 FOCAL = {"recipe": "focal_f2", "scale": "demo", "weights": "none", "size": 32, "resample_mm": 6.0, "epochs_all": 3, "num_workers": 1,
          "checkpoint_every": 2}
 
+BAGS = {"recipe": "patient", "scale": "demo", "backbone": "resnet10t", "weights": "none", "size": 32, "epochs_layer3": 2, "num_workers": 1,
+        "checkpoint_every": 1}
+
 
 def oof(run: Path) -> pd.DataFrame:
     return pd.read_csv(run / "oof_predictions.csv")
@@ -59,3 +62,16 @@ def small_run(cohort_folder, tmp_path_factory) -> Path:
     "A finished run that learnt little in two epochs. Copy it before changing it."
     place = tmp_path_factory.mktemp("small_run")
     return train.run(data_root=str(cohort_folder), outputs=str(place / "outputs"), packs=str(place / "packs"), **SMALL)
+
+
+@pytest.fixture(scope="session")
+def bag_folder(tmp_path_factory) -> Path:
+    "A synthetic cohort of 30 patients with five slices each, half of the patients positive."
+    return phantom.make_cohort(tmp_path_factory.mktemp("bags") / "flat", n_patients=30, slices_per_patient=5, positive=0.5)
+
+
+@pytest.fixture(scope="session")
+def bag_run(bag_folder, tmp_path_factory) -> Path:
+    "A finished run of the patient recipe that learnt little in four epochs. Copy it before changing it."
+    place = tmp_path_factory.mktemp("bag_run")
+    return train.run(data_root=str(bag_folder), outputs=str(place / "outputs"), packs=str(place / "packs"), **BAGS)

@@ -161,3 +161,90 @@ def test_an_optimizer_of_another_kind_or_for_other_parameters_is_refused(trained
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere.pth"): checkpoints.load_checkpoint(build()[0], tmp_path / "nowhere.pth")
+
+
+STAGED = [dict(epoch=1, stage=f"stage{i + 1}", train_loss=np.float32(0.5), val_loss=0.5, val_fbeta=f1, val_recall=1, val_specificity=0.25,
+               val_accuracy=np.float64(0.5), threshold=np.float64(0.35), val_separation=-0.125, lr=1e-3, best=True)
+          for i, f1 in enumerate((0.5, 0.25, 0.85114))]
+
+
+def in_stages(folder):
+    "Three epochs, each a stage of its own that trains more than the one before."
+    network, _ = build()
+    names = ("classifier", "conv_head", "blocks")
+    for i in range(3):
+        groups = [{"params": list(getattr(network, name).parameters()), "lr": 10 ** -(3 + k)} for k, name in enumerate(names[: i + 1])]
+        optimizer = torch.optim.Adam(groups)
+        step(network, optimizer)
+        checkpoints.write_staged(folder, network, optimizer, STAGED[: i + 1], i + 1, best=i != 1, last_of_stage=True)
+    return network, optimizer
+
+
+def test_staged_files_have_the_original_s_names_and_keys(tmp_path):
+    network, optimizer = in_stages(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "best_model_f1_0.5000.pth", "checkpoint_epoch01_stage1_f1_0.5000.pth", "checkpoint_epoch02_stage2_f1_0.2500.pth",
+        "best_model_f1_0.8511.pth", "checkpoint_epoch03_stage3_f1_0.8511.pth"}
+    content = torch.load(tmp_path / "best_model_f1_0.8511.pth", weights_only=True)
+    assert content["epoch"] == 3 and content["optimal_threshold"] == 0.35
+    assert content["val_metrics"] == {"f1": 0.85114, "sensitivity": 1.0, "specificity": 0.25, "accuracy": 0.5}
+    assert content["history"]["val_f1"] == [0.5, 0.25, 0.85114] and content["history"]["separation"] == [-0.125] * 3
+    assert list(content["history"]) == ["train_loss", "val_loss", "val_f1", "val_sensitivity", "val_specificity", "optimal_threshold",
+                                        "separation"]
+    assert equal(content["model_state_dict"], network.state_dict())
+    assert checkpoints.write_staged(tmp_path / "none", network, optimizer, STAGED, 3, best=False, last_of_stage=False) == []
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_stage_s_optimizer_comes_back_with_its_groups_and_not_into_another_stage_s(tmp_path):
+    network, optimizer = in_stages(tmp_path)
+    other, _ = build(seed=3)
+    groups = [{"params": list(getattr(other, name).parameters())} for name in ("classifier", "conv_head", "blocks")]
+    resumed = torch.optim.Adam(groups)
+    assert checkpoints.load_checkpoint(other, tmp_path / "checkpoint_epoch03_stage3_f1_0.8511.pth", resumed) == 3
+    assert [group["lr"] for group in resumed.param_groups] == [1e-3, 1e-4, 1e-5]
+    step(network, optimizer, 7)
+    step(other, resumed, 7)
+    assert equal(network.state_dict(), other.state_dict())
+    with pytest.raises(ValueError, match="groups of"):
+        checkpoints.load_checkpoint(other, tmp_path / "checkpoint_epoch01_stage1_f1_0.5000.pth", resumed)
+
+
+def test_a_folder_in_a_table(tmp_path, trained):
+    in_stages(tmp_path / "staged")
+    table = checkpoints.summary(tmp_path / "staged")
+    assert list(table) == ["file", "epoch", "stage", "f1", "sensitivity", "specificity", "accuracy", "threshold", "MB", "best"]
+    assert list(table.epoch) == [1, 1, 2, 3, 3] == list(table.stage) and list(table.file[table.best]) == ["best_model_f1_0.8511.pth"]
+    (tmp_path / "staged" / "checkpoint_epoch03_stage3_f1_0.8511.pth").unlink()
+    assert list(checkpoints.summary(tmp_path / "staged").stage) == [1, 1, 2, 3]
+    table = checkpoints.summary(trained[2].parent)
+    assert dict(table.iloc[0][["epoch", "fbeta", "sensitivity", "threshold", "best"]]) == dict(
+        epoch=3, fbeta=0.625, sensitivity=0.875, threshold=0.4375, best=True)
+    (tmp_path / "empty").mkdir()
+    assert checkpoints.summary(tmp_path / "empty").empty
+    (tmp_path / "staged" / "broken.pth").write_bytes(trained[2].read_bytes()[:-3000])
+    with pytest.raises(ValueError, match="broken.pth is damaged"): checkpoints.summary(tmp_path / "staged")
+
+
+def test_a_file_in_words(tmp_path, trained):
+    network, _ = in_stages(tmp_path / "staged")
+    words = checkpoints.describe(tmp_path / "staged" / "best_model_f1_0.8511.pth")
+    tensors = f"{len(network.state_dict())} tensors"
+    for part in ("epoch 3", "f1 0.8511", "sensitivity 1.0000", "threshold 0.3500", "0.2500 .. 0.8511", tensors, "at 0.001"):
+        assert part in words, part
+    words = checkpoints.describe(trained[2])
+    assert "epoch 3" in words and "fbeta 0.6250" in words and "f1" not in words
+    torch.save(network.state_dict(), tmp_path / "bare.pth")
+    assert checkpoints.describe(tmp_path / "bare.pth").count("\n") == 1
+    torch.save(network.state_dict(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert checkpoints.describe(tmp_path / "old.pth").split("\n")[1] == checkpoints.describe(tmp_path / "bare.pth").split("\n")[1]
+
+
+def test_a_summary_leaves_the_tensors_on_the_disk(trained, monkeypatch):
+    load, asked = torch.load, []
+    monkeypatch.setattr(torch, "load", lambda *args, **options: asked.append(options["mmap"]) or load(*args, **options))
+    checkpoints.summary(trained[2].parent)
+    checkpoints.describe(trained[2])
+    checkpoints.read(trained[2])
+    assert asked == [True, True, False]
+    assert equal(checkpoints.read(trained[2], lazily=True)["model_state_dict"], trained[0].state_dict())

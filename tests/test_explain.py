@@ -7,8 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from ctbm import explain, learning, models, runs
+from ctbm import explain, learning, models, patient, runs
 from ctbm.bundle import WEIGHTS, rebuilt
 from ctbm.preprocess import Preprocess, read_hu
 
@@ -164,3 +165,61 @@ def test_scores_of_the_run_do_not_change_by_explaining(run, done):
     np.testing.assert_allclose(rows[0], stored, atol=1e-12)
     people = explain.pooled(rows, test.patient, "max")
     assert list(people.columns) == sorted(test.patient.unique()) and np.isfinite(explain.spread(people.to_numpy())).all()
+
+
+@pytest.fixture
+def bags(bag_run, tmp_path) -> Path:
+    return Path(shutil.copytree(bag_run, tmp_path / bag_run.name))
+
+
+def test_a_run_of_patients_is_asked_about_single_slices(bags):
+    done = explain.write(bags, n=2, methods=["integrated_gradients"])
+    told, table, split = runs.read_json(done / "explain.json"), pd.read_csv(done / "explanations.csv"), pd.read_parquet(
+        bags / "features_df_split.parquet").set_index("slice_id")
+    alone, whole = pd.read_csv(bags / "test_slices.csv").set_index("id").score, pd.read_csv(bags / "test_predictions.csv")
+    assert np.allclose(table.score, alone[table.slice_id]) and (table.label.to_numpy() == split.label[table.slice_id]).all()
+    assert told["tested"] and table.pointing.notna().sum() == told["slices"] == (split[split.fold < 0].label == 1).sum()
+    firm = {row["level"]: row for row in told["spread"]}
+    assert firm["patients"]["rows"] == len(whole) and firm["patients"]["errors"] == (whole.pred != whole.label).sum()
+    assert firm["slices"]["rows"] == len(alone) == (split.fold < 0).sum()
+    page = (done / "index.html").read_text()
+    assert "trained on whole patients" in page and "(max of 5 slices)" in page
+    best = whole.sort_values("prob").iloc[-1]
+    assert f"Patient {best.patient}: label {best.label}, score {best.prob:.2f}" in page
+    (bags / "test_slices.csv").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no test_slices\.csv"):
+        explain.write(bags)
+
+
+def test_a_hidden_layer_and_a_learnt_pool_are_explained(bags, images):
+    model = runs.read_json(bags / "model.json") | {"hidden": 8, "pooling": "attention"}
+    runs.write_json(bags / "model.json", model)
+    other = explain.twin(model, 5)
+    save_file({k: v.cpu().contiguous() for k, v in other.state_dict().items()}, bags / WEIGHTS)
+    network, (slices, _) = rebuilt(model, bags / WEIGHTS), explain.found_slices(bags, None)
+    packed = explain.seen(slices, Preprocess.from_dict(model["preprocess"]))
+    ask = lambda part: patient.patients(network, packed, part.assign(row=part.index)).set_index("patient").score
+    alone, whole = explain.asked(network, packed, slices, None)
+    np.testing.assert_allclose(alone, learning.score(network, packed, np.arange(len(packed))), atol=1e-12)
+    np.testing.assert_allclose(whole, ask(slices).sort_index(), atol=1e-12)
+    name = slices.patient[0]
+    mine = patient.bags.in_order(slices[slices.patient == name])
+    expected = [ask(mine)[name] - ask(mine.drop(index=i))[name] for i in mine.index]
+    np.testing.assert_allclose(explain.left_out(network, packed[mine.index]), expected, atol=1e-12)
+    assert "attention of 5 slices" in (explain.write(bags, n=1) / "index.html").read_text()
+    large = models.create_model("resnet10t", 3, "none", size=64, hidden=8, pooling="attention")
+    for method in explain.METHODS:
+        found = explain.saliency(method, large, images)
+        assert found.shape == (3, 64, 64) and found.max() > 0 and all(p.requires_grad for p in large.parameters())
+
+
+@pytest.mark.parametrize("intensity", ["window", "zscore_slice"])
+def test_what_is_black_gets_no_colour(data, intensity):
+    "Also where z-scores put black above zero: gradients start from the slice's own darkest value."
+    path = sorted((data / "headct_ge_hispeed_tilt18p5").rglob("*.dcm"))[12]
+    spec = Preprocess(size=64, windows=("brain",), intensity=intensity)
+    image = np.rint(spec(read_hu(path), (0.45, 0.45)) * 255).astype(np.uint8)[None]
+    network = models.create_model("resnet10t", 1, "none", size=64).eval()
+    x = learning.prepare(torch.from_numpy(image), network).requires_grad_()
+    raw = explain.IntegratedGradients(network).attribute(x, x.detach().amin((2, 3), keepdim=True).expand_as(x), target=0, n_steps=4)
+    assert (image.min() > 0) == (intensity != "window") and (raw[0, 0][torch.from_numpy(image[0, 0] == image.min())] == 0).all()

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import get_model
 
-from ctbm import checkpoints, models
+from ctbm import checkpoints, models, pooling
 
 IMAGES = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
 
@@ -168,6 +168,130 @@ def test_saving_memory_can_be_copied_and_saved(tmp_path):
     again(IMAGES)
     assert again.bn1.num_batches_tracked == before + 1
     with pytest.raises(ValueError, match="'vgg11' cannot compute"): models.save_memory(models.create_model("vgg11", weights="none"))
+
+
+CLASSES = {"resnet50": "fc", "densenet121": "classifier", "inception_v3": "fc"}
+
+
+def radimagenet(backbone, seed=0):
+    "A random network of torchvision's, and the same as RadImageNet's authors wrapped it."
+    torch.manual_seed(seed)
+    theirs = get_model(backbone, **({"aux_logits": False, "init_weights": False} if backbone == "inception_v3" else {}))
+    for module in theirs.modules():
+        if isinstance(module, nn.BatchNorm2d): module.momentum = 1.0
+    with torch.no_grad(): theirs.train()(IMAGES)
+    official = nn.Module()
+    official.backbone = nn.Sequential(*list(theirs.eval().children())[:-1])
+    return theirs, official.state_dict()
+
+
+@pytest.fixture(scope="module")
+def resnet50():
+    return radimagenet("resnet50")
+
+
+def features(ours, x):
+    with torch.no_grad(): return ours.eval().forward_head(ours.forward_features(x), pre_logits=True)
+
+
+@pytest.mark.parametrize("backbone", CLASSES)
+def test_radimagenet_s_three_files_give_torchvision_s_features(backbone, tmp_path, resnet50):
+    theirs, state = resnet50 if backbone == "resnet50" else radimagenet(backbone)
+    torch.save(state, tmp_path / "official.pt")
+    ours = models.create_model(backbone, weights=str(tmp_path / "official.pt"), hidden=8)
+    setattr(theirs, CLASSES[backbone], nn.Identity())
+    with torch.no_grad(): expected = theirs(IMAGES)
+    assert expected.std() > 1e-3
+    torch.testing.assert_close(features(ours, IMAGES), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(models.normalise(IMAGES, ours), 2 * IMAGES - 1)
+    assert models.normalisation(backbone, str(tmp_path / "official.pt"), False) is False
+
+
+def test_a_layout_that_is_not_radimagenet_s_is_refused(tmp_path, resnet50):
+    state = resnet50[1]
+    some, file = "backbone.6.3.conv2.weight", tmp_path / "changed.pt"
+    biased = {f"{name[:-6]}bias": tensor[:, 0, 0, 0] for name, tensor in state.items() if tensor.ndim == 4}
+    for changed, says in (
+            ({name: tensor for name, tensor in state.items() if name != some}, f"1 missing .{some}"),
+            (state | {"fc.weight": torch.zeros(9, 2048)}, "1 left over"), (state | {some: torch.zeros(3, 3)}, "does not fit"),
+            (state | biased, "Keras"), ({name.replace("backbone.", "net."): tensor for name, tensor in state.items()}, "does not fit"),
+            ({}, "holds no tensors")):
+        torch.save(changed, file)
+        with pytest.raises(ValueError, match=says): models.create_model("resnet50", weights=str(file))
+    torch.save(state, file)
+    with pytest.raises(ValueError, match="backbone 'resnet50', not 'resnet18'"): models.create_model("resnet18", weights=str(file))
+
+
+def test_wrappers_round_radimagenet_s_tensors_come_off(tmp_path, resnet50):
+    theirs, state = resnet50
+    parallel = {f"module.{name}": tensor for name, tensor in state.items()}
+    for i, content in enumerate((parallel, {"epoch": 3, "state_dict": state})):
+        torch.save(content, tmp_path / f"{i}.pt")
+        ours = models.create_model("resnet50", 1, str(tmp_path / f"{i}.pt"))
+        assert torch.equal(ours.layer4[2].conv3.weight, theirs.layer4[2].conv3.weight)
+        torch.testing.assert_close(ours.conv1.weight, theirs.conv1.weight.sum(1, keepdim=True))
+
+
+def test_radimagenet_is_had_from_the_hub_or_not_at_all(tmp_path, monkeypatch, forget_weights, resnet50):
+    monkeypatch.setattr(models, "hub_answers", lambda: False)
+    asked = []
+    def absent(repo, name, local_files_only): asked.append((repo, name)); raise models.LocalEntryNotFoundError("not here")
+    monkeypatch.setattr(models, "hf_hub_download", absent)
+    with pytest.raises(FileNotFoundError, match=r"Lab-Rasool/RadImageNet.*ResNet50.pt.*github.com/BMEII-AI.*MIT.*10.1148") as error:
+        models.create_model("resnet50", weights="radimagenet")
+    assert asked == [("Lab-Rasool/RadImageNet", "ResNet50.pt")] and "give its path" in str(error.value)
+    torch.save(resnet50[1], tmp_path / "ResNet50.pt")
+    monkeypatch.setattr(models, "hf_hub_download", lambda repo, name, local_files_only: str(tmp_path / name))
+    network = models.create_model("resnet50", weights="radimagenet")
+    assert torch.equal(network.bn1.running_mean, resnet50[0].bn1.running_mean)
+    told = models.provenance("resnet50", "radimagenet")
+    assert told["asked"] == told["used"] == "radimagenet" and told["file"] == "ResNet50.pt" and told["normalise"] == "mean 0.5, std 0.5"
+    again = models.create_model("resnet50", weights="none", normalise=models.normalisation("resnet50", "radimagenet", True))
+    assert again.pretrained_cfg["mean"] == network.pretrained_cfg["mean"] == (0.5,) * 3
+    with pytest.raises(ValueError, match="no weights for 'resnet18'"): models.create_model("resnet18", weights="radimagenet")
+
+
+@pytest.mark.parametrize("which", [0, 1, None])
+def test_a_patient_s_network_learns_where_it_should(which):
+    torch.manual_seed(0)
+    network = models.create_model("resnet10t", 1, "none", dropout_p=0.4, hidden=8, pooling="attention")
+    trained = models.freeze(network, which)
+    models.train_unfrozen(network)
+    assert network.pooling.training and network.fc.training and network.layer1.training == (which is None)
+    embedding = network.forward_head(network.forward_features(IMAGES[:, :1]), pre_logits=True)
+    pooling.pooled(network.pooling, network.fc(embedding).squeeze(1), embedding, torch.tensor([2]), network.fc).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
+    assert not any(p.grad is not None for p in network.parameters() if not p.requires_grad)
+
+
+def test_a_patient_s_network_goes_through_a_checkpoint(tmp_path):
+    torch.manual_seed(0)
+    build = lambda file, **added: models.create_model("test_efficientnet", 1, str(file), **added)
+    donor = build("none", hidden=8, pooling="gru")
+    row = dict(val_fbeta=0.5, val_recall=1, val_specificity=0, val_accuracy=0.5, train_loss=1, val_loss=1, threshold=0.5, val_separation=0)
+    optimizer = torch.optim.Adam(donor.parameters())
+    file, = checkpoints.write_staged(tmp_path, donor, optimizer, [row], 1, best=True, last_of_stage=False)
+    as_weights, loaded = build(file, hidden=8, pooling="gru"), build("none", hidden=8, pooling="gru")
+    assert checkpoints.load_checkpoint(loaded, file) == 1
+    for again in (as_weights, loaded):
+        assert all(torch.equal(tensor, donor.state_dict()[name]) for name, tensor in again.state_dict().items())
+    single = build("none", hidden=8)
+    save_file(single.state_dict(), tmp_path / "slices.safetensors")
+    bag = build(tmp_path / "slices.safetensors", hidden=8, pooling="gru")
+    assert torch.equal(bag.classifier[3].weight, single.classifier[3].weight) and bag.pooling.gru.weight_ih_l0.any()
+    for other in (dict(), dict(pooling="gru"), dict(hidden=8), dict(hidden=9, pooling="gru"), dict(hidden=8, pooling="max")):
+        with pytest.raises(ValueError, match="does not fit"): build(file, **other)
+
+
+def test_no_draw_and_no_tensor_is_changed_by_what_is_not_asked_for():
+    torch.manual_seed(0)
+    plain = models.create_model("resnet10t", weights="none")
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    theirs = timm.create_model("resnet10t", num_classes=1)
+    theirs.fc.reset_parameters()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in plain.state_dict().items())
 
 
 def test_models_stands_on_checkpoints_and_not_the_other_way():

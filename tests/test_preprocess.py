@@ -12,11 +12,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from ctbm.brain import brain_mask
 from ctbm.preprocess import (
     AIR_HU,
     FITS,
     PURPOSES,
     WINDOWS,
+    Z_RANGE,
     NoSpacing,
     Preprocess,
     bounding_box,
@@ -27,6 +29,7 @@ from ctbm.preprocess import (
     resize,
     skull_box,
     skull_mask,
+    stages_figure,
     steps,
     window,
     windows_figure,
@@ -360,3 +363,92 @@ def test_steps_and_their_picture(series, spec, tmp_path):
 def test_no_torch_and_no_matplotlib_needed():
     code = "import sys, ctbm.preprocess; assert not {'torch', 'matplotlib', 'scipy', 'pandas'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
+
+
+# Brain only, and z-scores
+
+
+def z_of(planes):
+    return planes * 2 * Z_RANGE - Z_RANGE
+
+
+def test_switched_off_is_what_it_was(head):
+    "The new fields at their defaults, by name, and left out"
+    for kind in (Preprocess(), Preprocess.published(), IN_MM):
+        old = {name: value for name, value in asdict(kind).items() if name not in ("mask", "intensity")}
+        assert Preprocess.from_dict(old) == kind, "a run of an older version names neither field"
+        assert np.array_equal(kind(head, (0.5, 0.5)), Preprocess(**old, mask="none", intensity="window")(head, (0.5, 0.5)))
+
+
+@pytest.mark.parametrize("name", ["10", "15", "24"])
+def test_outside_the_brain_is_black_in_every_window(series, name):
+    hu, mm = series[name], (0.488, 0.488)
+    brain, spec = brain_mask(hu, spacing_mm=mm), Preprocess(size=512, crop="none", windows=("oedema", "bone", "brain"), mask="brain")
+    out, without = spec(hu, mm), Preprocess(size=512, crop="none", windows=("oedema", "bone", "brain"))(hu, mm)
+    assert not out[:, ~brain].any() and np.array_equal(out[:, brain], without[:, brain])
+    assert without[0][~brain].any(), "a window below 0 HU shows water grey"
+
+
+@pytest.mark.parametrize("crop", ["none", "skull"])
+@pytest.mark.parametrize("mask", ["none", "brain"])
+def test_z_over_the_brain(head, crop, mask):
+    mm = (0.488, 0.488)
+    brain = brain_mask(head, spacing_mm=mm)
+    grey = window(head, *WINDOWS["brain"]) * (brain if mask == "brain" else 1)
+    want = np.clip((grey - grey[brain].mean()) / grey[brain].std(), -Z_RANGE, Z_RANGE)
+    box = skull_box(head, 0) if crop == "skull" else bounding_box(head > -2000)
+    rows, cols = box.bottom - box.top, box.right - box.left
+    spec = Preprocess(size=max(rows, cols), crop=crop, margin_px=0, windows=("brain",), mask=mask, intensity="zscore_brain") # no resampling
+    place = letterbox((rows, cols), spec.size)
+    out = z_of(spec(head, mm)[0])[place.top : place.top + rows, place.left : place.left + cols]
+    assert np.abs(out - box.cut(want)).max() < 1e-3, "the scale is that of the whole slice's brain, wherever the crop is"
+    assert np.abs(np.rint(spec(head, mm) * 255) / 255 - spec(head, mm)).max() * 2 * Z_RANGE < 0.016 + 1e-6, "half of a step of 0.03"
+
+
+def test_z_over_the_slice_as_published(head):
+    "Mask, window, z-score with air, then resize: the order of the original; ours resizes first, which is the same inside the range"
+    mm = (0.488, 0.488)
+    grey = window(head, *WINDOWS["brain"]) * brain_mask(head, spacing_mm=mm)
+    z = ((grey - grey.mean()) / (grey.std() + 1e-8)).astype(np.float32)
+    want = F.interpolate(torch.from_numpy(z)[None, None], size=(256, 256), mode="bilinear", align_corners=False)[0, 0].numpy()
+    spec = Preprocess(crop="none", windows=("brain",), resize="bilinear", mask="brain", intensity="zscore_slice")
+    assert np.abs(z_of(spec(head, mm)[0]) - np.clip(want, -Z_RANGE, Z_RANGE)).max() < 2e-3
+
+
+def test_z_does_not_change_with_scale_and_offset(head):
+    "Another calibration of the scanner, as long as no window clips it"
+    spec = Preprocess(crop="none", windows=((40, 4000),), intensity="zscore_slice")
+    assert np.abs(spec(head) - spec(0.9 * head + 20)).max() < 1e-4
+
+
+def test_padding_of_the_letterbox_is_black_not_grey(head):
+    spec = Preprocess(size=200, crop="none", windows=("brain",), mask="brain", intensity="zscore_slice")
+    out = spec(head[100:400], (0.488, 0.488))[0]
+    assert np.allclose(out[:5], out[100, 0], atol=1e-5) and out[:5].max() < 0.5
+
+
+@pytest.mark.parametrize("intensity", ["zscore_brain", "zscore_slice"])
+def test_nothing_to_measure(intensity):
+    for value in (AIR_HU, 40, 3000):
+        out = Preprocess(mask="brain", intensity=intensity)(np.full((300, 200), value, np.float32))
+        assert (out == 0.5).all() and np.isfinite(out).all()
+
+
+def test_millimetres_and_masks(head):
+    spec = Preprocess(size=224, crop="none", windows=("oedema",), resample_mm=1, mask="brain")
+    for fit in FITS:
+        one, half = (Preprocess(**asdict(spec) | {"fit": fit})(hu, (mm, mm)) for hu, mm in ((head, 0.48), (resize(head, 256, 256), 0.96)))
+        assert np.abs(one - half).mean() < 0.02 and (one == 0).mean() > 0.3
+
+
+def test_stages_of_masks_and_z_scores(series, tmp_path):
+    spec = Preprocess(windows=("brain", "high"), mask="brain", intensity="zscore_brain")
+    stages = steps(series["15"], spec)
+    assert list(stages) == ["raw", "mask", "crop", "z1", "z2"]
+    assert np.array_equal(stages["mask"], brain_mask(series["15"])) and (stages["crop"] == AIR_HU).mean() > 0.2
+    fig = stages_figure([series["15"], series["20"]], ["15", "20"], spec, notes=["fine", "fine"])
+    fig.savefig(tmp_path / "stages.png", dpi=40)
+    assert np.array_equal(fig.axes[4].images[0].get_array(), spec(series["15"])[0]), "the last picture is the exact input"
+    examples_grid([series["15"]], ["15"], spec).savefig(tmp_path / "grid.png", dpi=40)
+    for wrong in ({"mask": "brian"}, {"intensity": "zscore"}):
+        with pytest.raises(ValueError, match="did you mean"): Preprocess(**wrong)

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import warnings
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +37,24 @@ def run(cohort_folder, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def html(run) -> str:
     return (run / "report.html").read_text(encoding="utf8")
+
+
+@pytest.fixture(scope="module")
+def slice_run(bag_run, tmp_path_factory) -> Path:
+    "What a run that scores slices leaves on the patients and the split of `bag_run`; its scores are drawn, a little higher for positives."
+    made, rng = copied(bag_run, tmp_path_factory.mktemp("slice_run")), np.random.default_rng(0)
+    recipe = recipes.override(recipes.resolve("slice_cv", "demo"), {"k_folds": 1, "backbone": "resnet10t", "size": 32})
+    for name in ("report.html", "report.json", *report.MAYBE.values()): (made / name).unlink(missing_ok=True)
+    split = report.load(made / "features_df_split.parquet")
+    scored = split.assign(score=0.3 * rng.random(len(split)) + 0.2 * split.label + 0.2, baseline=rng.random(len(split)))
+    oof, asked = scored[scored.fold == 0], {"recipe": "slice_cv", "scale": "demo", "published": False, "candidate": None}
+    runs.write_json(made / "effective_config.json", asked | recipes.flat(recipe))
+    runs.write_json(made / "model.json", runs.read_json(made / "model.json") | {"kind": "slice", "pooling": None})
+    results.write_operating_point(made, oof, {0: 0.9}, recipe)
+    results.write_calibration(made, oof, recipe)
+    results.write_patients(made, oof, recipe)
+    results.write_test(made, scored[scored.fold < 0])
+    return made
 
 
 def copied(run: Path, folder: Path) -> Path:
@@ -264,6 +283,111 @@ def test_runs_on_other_patients_are_not_compared(run, tmp_path):
         report.paired(a, fewer)
     with pytest.raises(ValueError, match=f"{len(a.test)} labels"):
         report.paired(a, other)
+
+
+def words(html: str) -> str:
+    "What a reader sees of a page."
+    return re.sub(r"\s+", " ", unescape(re.sub("<[^>]*>", " ", re.sub(r"<style>.*?</style>|data:image[^'\"]*", "", html, flags=re.S))))
+
+
+OF_SLICES = ("[Ss]lices, (at the )?threshold", "scores single", r"slices of \d", "[Tt]est slices", "Three zones of slices", "slice classifier",
+             r"n = \d+ slices", r"\(slices\)", "Subgroups, [^.]*slices", "equally many slices", "too few slices", "validation slices",
+             "with (positive|negative) slices", r"Patients, test \(", "a slice's score", r"batch of \d+ slices", "Slice label", "one axial slice",
+             "Slices, test")
+
+
+def test_a_run_of_patients_is_told_in_patients(bag_run):
+    n, html = runs.read_json(bag_run / "report.json"), (bag_run / "report.html").read_text(encoding="utf8")
+    text, e = words(html), report.evidence(bag_run)
+    files = ("model_card.md", "checklist_claim.csv", "checklist_tripod.csv")
+    told = {name: (bag_run / name).read_text(encoding="utf8") for name in files} | {"page": text, "describe": runs.describe(bag_run)}
+    for name, each in told.items():
+        assert not (found := [p for p in OF_SLICES if re.search(p, each)]), (name, found)
+    assert not Page(html).open and "nan" not in text.lower().replace("provenance", "")
+    count = f"{len(e.test)} patients, {e.test.label.sum()} positive"
+    assert f"Blue: test ({count})" in text and f"test ({count})" in told["describe"] and f"validation (n = {len(e.oof)} patients)" in text
+    split = pd.read_csv(bag_run / "split.csv", dtype={"patient": str})
+    for fold, side in ((1, "training"), (0, "validation"), (-1, "test")):
+        part = split[split.fold == fold]
+        assert f"{side} (n = {part.patient.nunique()} patients)" in text
+        assert n["flow"]["parts"][side]["slices"] == len(part) and n["flow"]["parts"][side]["patients"] == part.patient.nunique()
+    assert n["unit"] == "patients" and "slices" not in n, "figures of patients under the name of slices"
+    stored = runs.read_json(bag_run / "test_metrics.json")["figures"]
+    assert n["patients"]["figures"]["test"]["roc_auc"] == stored["roc_auc"] and n["patients"]["threshold"] == e.chosen["threshold"]
+    assert all(report.interval(stored["sensitivity"]) in told[name] for name in ("page", "model_card.md"))
+
+
+def test_a_run_of_patients_says_how_bags_are_made_and_pooled(bag_run, tmp_path):
+    copy, text = copied(bag_run, tmp_path), words((bag_run / "report.html").read_text(encoding="utf8"))
+    for said in ("in training at most 12, drawn anew each epoch, a positive one among them", "at most 1.5 times as many negative ones",
+                 "plus 1 times that of single slices by their own labels", "less than 0.3 apart", "the highest logit (max), over all slices",
+                 "outside the brain black", "z-scored over the brain's pixels", "goes on from the last epoch", "4 patients,"):
+        assert said in text, said
+    titles = re.findall(r"<h2>(.*?)</h2>", (bag_run / "report.html").read_text(encoding="utf8"))
+    assert "From slices to patients" in titles and "Patients" not in titles
+    pools = pd.read_csv(bag_run / "pooling.csv").set_index(["side", "pooling"]).loc[("test", "mean of slices")]
+    assert report.interval({"estimate": pools.roc_auc, "low": pools.roc_auc_low, "high": pools.roc_auc_high}) in text
+    config = runs.read_json(copy / "effective_config.json")
+    runs.write_json(copy / "effective_config.json", config | {
+        "bag_pooling": "attention", "hidden": 512, "texture": "by_class", "max_slices": None, "negative_ratio": None, "slice_weight": 0.0,
+        "lr_body_layer3": [1e-5, 5e-6], "weight_decay_body_layer3": 1e-4})
+    runs.write_json(copy / "patients.json", runs.read_json(copy / "patients.json") | {"pooling": "attention"})
+    (copy / "pooling.csv").write_text((copy / "pooling.csv").read_text().replace(",max,", ",attention,"))
+    text = words(report.write(copy).read_text(encoding="utf8"))
+    for said in ("a layer of 512 units, one logit", "whose weights are learnt (attention)", "so that texture tells the label",
+                 "every patient once an epoch", "the last one first, at 1e-05, 5e-06, weight decay 0.0001", "max of slices",
+                 "attention (of the run)"):
+        assert said in text, said
+    assert "by their own labels" not in text
+
+
+def test_patients_have_the_headers_and_attributes_of_their_slices(bag_run, tmp_path):
+    copy = copied(bag_run, tmp_path)
+    split = report.load(copy / "features_df_split.parquet")
+    count = np.arange(len(split))
+    table = pd.DataFrame({"id": split.slice_id, "lesion_mm": count.astype(float), "sex": np.where(count % 5, "f", "m")})
+    runs.write_table(copy / "attributes.csv", table)
+    e = report.evidence(copy)
+    largest = table.groupby(split.patient.to_numpy()).lesion_mm.max()
+    assert e.samples.set_index("id").lesion_mm.to_dict() == largest.to_dict()
+    assert set(e.samples.sex) == {"f"} and e.samples.manufacturer.notna().all()
+    text = words(report.write(copy).read_text(encoding="utf8"))
+    assert "lesion_mm" in text and f"{len(e.test)} (100.0 %)" in text
+
+
+def test_a_run_of_patients_without_the_extras(bag_run, tmp_path):
+    copy = copied(bag_run, tmp_path)
+    for name in report.MAYBE.values(): (copy / name).unlink(missing_ok=True)
+    text = words(report.write(copy).read_text(encoding="utf8"))
+    assert "nothing stands beside its pool" in text and "No shifts were run" in text and "training (n = " in text
+
+
+def test_slices_against_patients_are_compared_on_patients(bag_run, slice_run, tmp_path):
+    html = report.compare(slice_run, bag_run, tmp_path / "pair.html").read_text(encoding="utf8")
+    text, e = words(html), report.evidence(slice_run)
+    assert re.findall(r"<h2>(.*?)</h2>", html) == ["What is compared", "Test set", "Validation scores"] and not Page(html).open
+    assert "A scores slices, pooled afterwards by its own rule (max), at its own threshold for patients; B scores patients" in text
+    assert "Slices." not in text and "DeLong" in text and "paired bootstrap" in text
+    people = evaluate.pool(e.test, "max")
+    rows, cuts = report.compared(e, report.evidence(bag_run), "test")["patients"]
+    assert rows.score_a.tolist() == people.score.tolist() and cuts[0] == e.pooled["operating_point"]["threshold"]
+    assert rows.label.tolist() == people.label.tolist() and rows.patient.tolist() == people.patient.tolist()
+    beside, apart = (table([slice_run, bag_run]) for table in (report.side_by_side, report.differences))
+    assert set(beside.index) == {(side, "patients", run) for side in ("validation", "test") for run in ("slice_cv", "patient")}
+    stored = runs.read_json(bag_run / "test_metrics.json")["figures"]
+    assert beside.loc[("test", "patients", "patient"), "AUROC"] == report.interval(stored["roc_auc"])
+    assert set(apart.index.get_level_values("of")) == {"patients"} and len(apart) == 12
+
+
+def test_two_runs_of_patients(bag_run, tmp_path):
+    other = copied(bag_run, tmp_path / "other")
+    test = pd.read_csv(other / "test_predictions.csv", dtype={"id": str, "patient": str})
+    runs.write_table(other / "test_predictions.csv", test.assign(prob=1 - test.prob).iloc[::-1])
+    text = words(report.compare(bag_run, other, tmp_path / "pair.html").read_text(encoding="utf8"))
+    assert f"Both scored the same {len(test)} test patients ({test.label.sum()} positive)" in text and "every patient with both scores" in text
+    fewer = SimpleNamespace(**vars(report.evidence(other)) | {"test": test[1:].rename(columns={"prob": "score"})})
+    with pytest.raises(ValueError, match="the test sets of .* differ: 1 patients are in one only"):
+        report.paired(report.evidence(bag_run), fewer)
 
 
 @pytest.mark.parametrize("width", [1240, 390])
