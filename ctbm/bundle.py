@@ -62,7 +62,7 @@ def fold_networks(
     "The networks of the folds."
     return {file.stem: rebuilt(model, file) for file in sorted((folder / NETWORKS).glob("*.safetensors"))}
 
-# %% ../nbs/04g_bundle.ipynb #3226072e
+# %% ../nbs/04g_bundle.ipynb #a670b41b
 @dataclass(frozen=True)
 class Bundle:
     "A trained network with everything that turns its score into a decision."
@@ -95,7 +95,7 @@ class Bundle:
         return fold_networks(self.folder, self.model)
 
     def look(self, images: np.ndarray, network: Module | None = None) -> tuple[np.ndarray, ...]:
-        "uint8[n, c, s, s] to score float64[n], features float32[n, d] and, of a network for bags, embeddings; `network`: another than its own."
+        "uint8[n, c, s, s] to score float64[n], features float32[n, d] and, of bags, embeddings; `network`: another than its own."
         return learning.look(network or self.network, images, answer=ANSWERS[self.model["kind"]])
 
 # %% ../nbs/04g_bundle.ipynb #b1f63f9c

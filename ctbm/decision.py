@@ -167,7 +167,7 @@ def highest_cut(
     losses = np.cumsum((1 / np.bincount(number))[number][order])
     return float(score[order][np.searchsorted(losses, spend, side="right")])
 
-# %% ../nbs/06b_decision.ipynb #df62959c
+# %% ../nbs/06b_decision.ipynb #6da20e3f
 def triage(
     y: np.ndarray,  # 0 or 1, of slices that the network was not trained on
     score: np.ndarray,  # their scores
@@ -197,7 +197,7 @@ def _too_few(way, level, patients, kind):
     if level == 0:
         return f"Nothing is ruled {way}: a level of 0 allows no error, and no number of patients can promise that."
     needed = int(np.ceil(1 / level - 1 - 1e-9))
-    return f"Nothing is ruled {way}: {patients} patients with {kind} slices are too few for {level:.3g}; it takes {needed}."
+    return f"Nothing is ruled {way}: {patients} patients on the {kind} side are too few for {level:.3g}; it takes {needed}."
 
 # %% ../nbs/06b_decision.ipynb #3deab7e8
 ZONES = ("rule out", "review", "rule in")

@@ -439,7 +439,7 @@ def left_out(
     rest = np.concatenate([np.delete(every, i) for i in every])
     return whole - patient_scores(network, score[rest], features[rest], np.full(n, n - 1))
 
-# %% ../nbs/08_explain.ipynb #3ffaa405
+# %% ../nbs/08_explain.ipynb #892a0e63
 def patient_figure(
     slices: DataFrame,  # of one patient: path, frame, row_mm, col_mm, position_mm, score; patient_score where the network pools
     network: Module,
@@ -457,6 +457,7 @@ def patient_figure(
     maps = [to_source(found, read_hu(row.path, row.frame), spacing_mm(row), preprocess)
             for found, row in zip(saliency(method, network, seen(top, preprocess)), top.itertuples(), strict=True)]
     fig = viewer.new_figure(figsize=(4 + 2.6 * len(top), 3.6), layout="constrained", dpi=100)
+    fig.get_layout_engine().set(h_pad=0.16)  # inches: titles of two lines are taken for one
     left, right = fig.subfigures(1, 2, width_ratios=(4, 2.6 * len(top)))
     plot_positions(left.subplots(2, 1, sharex=True, height_ratios=(3, 2)), slices, shares, threshold, top)
     highest = max(found.max() for found in maps)

@@ -197,7 +197,7 @@ def from_torch(
         return torch.sigmoid(logit.double()).numpy(), features.numpy(), *(part.numpy() for part in more[:1])
     return look
 
-# %% ../nbs/09a_export.ipynb #526369fa
+# %% ../nbs/09a_export.ipynb #206466f1
 def extra(
     name: str,  # of a module
 ) -> ModuleType:
@@ -220,7 +220,8 @@ def to_onnx(
 
     def write(file: Path) -> None:
         with quiet():
-            made = torch.onnx.export(traced(bundle), input_names=["images"], output_names=list(GRAPHS[bundle.model["kind"]].outputs), optimize=True, verbose=False)
+            made = torch.onnx.export(traced(bundle), input_names=["images"], output_names=list(GRAPHS[bundle.model["kind"]].outputs),
+                                     optimize=True, verbose=False)
         model = made.model_proto
         onnx.helper.set_model_props(model, about(bundle))
         for node in model.graph.node: del node.metadata_props[:]  # the exporter's notes

@@ -562,7 +562,7 @@ def overlays(
     return {(row.path, int(row.frame)): explain.overlay(hu, each, "brain", top)
             for row, hu, each in zip(slices.itertuples(), images, placed, strict=True)}
 
-# %% ../nbs/09_predict.ipynb #596c18e3
+# %% ../nbs/09_predict.ipynb #cdb3bb17
 SURE = {"HIGH": 0.3, "MODERATE": 0.15, "LOW": -1.0}  # distance of the score from one half, more than
 
 
@@ -574,10 +574,11 @@ def as_published(
     key = lambda table: table.patient.fillna("") + "\0" + table.study.fillna("")
     of_slices = used.groupby(key(used)).score.agg(["mean", "max"]).reindex(key(studies))
     called, sure = studies.decision.map({"positive": 1, "negative": 0}).fillna(-1).astype(int), (studies.score - 0.5).abs()
+    used, aside = (studies[name].fillna(0).astype(int) for name in ("slices", "set_aside"))
     return DataFrame({
         "patient_id": studies.patient, "prediction": called, "probability": studies.score, "patient_logit": logit(studies.score.to_numpy()),
-        "num_slices": studies.slices.fillna(0).astype(int), "mean_slice_prob": of_slices["mean"].to_numpy(),
-        "max_slice_prob": of_slices["max"].to_numpy(), "num_dicom_files": (studies.slices.fillna(0) + studies.set_aside.fillna(0)).astype(int),
+        "num_slices": used, "mean_slice_prob": of_slices["mean"].to_numpy(), "max_slice_prob": of_slices["max"].to_numpy(),
+        "num_dicom_files": used + aside,
         "confidence": [next((name for name, least in SURE.items() if far > least), None) for far in sure], "error": studies.problem})
 
 # %% ../nbs/09_predict.ipynb #af6150f2

@@ -261,7 +261,7 @@ def check(
         raise ValueError(f"nothing would be trained: {', '.join(f'epochs_{stage.name}' for stage in recipe.stages)} are 0")
     return recipe
 
-# %% ../nbs/04b_recipes.ipynb #d69f70de
+# %% ../nbs/04b_recipes.ipynb #bdc020b4
 PUBLISHED = {
     "slice_cv": {"crop": "published", "margin_px": 0, "floor": "published", "resize": "bilinear", "blur_p": 1.0, "selection": "published",
                  "calibration": "none"},
@@ -277,9 +277,9 @@ DEMO = {
     "focal_f2": {"backbone": "tf_efficientnetv2_b0", "size": 96, "resample_mm": 2.25, "batch_size": 32, "epochs_all": 30, "lr_all": 1e-3,
                  "drop_path_p": 0.0, "rotate_deg": 10.0, "zoom": (0.9, 1.1), "patience_all": 30, "schedule": "cosine"},
     "patient": {"backbone": "resnet18", "size": 96, "hidden": 0, "dropout_p": 0.2, "rotate_deg": 10.0, "zoom": (0.9, 1.1), "max_slices": 12,
-                "slice_weight": 1.0, "checkpoint_every": 0, "epochs_warmup": 1, "lr_warmup": 1e-3, "epochs_layer4": 1, "lr_layer4": 1e-3,
-                "lr_body_layer4": (), "epochs_layer3": 14, "lr_layer3": 1e-3, "lr_body_layer3": (), "trainable_layer3": None,
-                "patience_layer3": 14},
+                "slice_weight": 3.0, "checkpoint_every": 0, "optimizer": "adamw", "schedule": "cosine", "epochs_warmup": 1,
+                "lr_warmup": 1e-3, "epochs_layer4": 1, "lr_layer4": 1e-3, "lr_body_layer4": (), "epochs_layer3": 14, "lr_layer3": 1e-3,
+                "lr_body_layer3": (), "trainable_layer3": None, "patience_layer3": 14},
 }
 SCALES = ("demo", "full")
 

@@ -1006,7 +1006,7 @@ def groups(e: SimpleNamespace, n: dict[str, Any]) -> Section:
                                            f"again, at the same threshold; 95 % bands. The line at 0 is the test set as it is.", "shifts"),
                     Table(shift_rows(s), f"The same in numbers. Moved: median change of a {e.unit[:-1]}'s score.")))
 
-# %% ../nbs/07a_report.ipynb #393cfcb0
+# %% ../nbs/07a_report.ipynb #bad375e4
 FEW_SAID = f"95 % intervals. Few patients: fewer than {evaluate.FEW_PATIENTS} of a class."
 
 
@@ -1015,7 +1015,10 @@ def few(remark: str) -> str:
     return "; ".join(["against all negatives"] * ("against all" in remark) + ["few patients"] * ("with a" in remark))
 
 
-def group_rows(table: DataFrame, unit: str) -> DataFrame:
+def group_rows(
+    table: DataFrame,  # from `evaluate.by_group`
+    unit: str,  # "slices" or "patients"
+) -> DataFrame:
     "Subgroups as texts."
     sizes = lambda row: f"{row.slices:,} ({row.patients:,})" if unit == "slices" else f"{row.patients:,}"
     part = lambda row, k: interval({"estimate": row[k], "low": row[f"{k}_low"], "high": row[f"{k}_high"]}, 2)
@@ -1358,7 +1361,7 @@ def unlike(found: dict[str, SimpleNamespace]) -> DataFrame:
     said = DataFrame({name: [str(e.config.get(k, "–")) for k in names] for name, e in found.items()}, index=pd.Index(names, name="setting"))
     return said[said.nunique(axis=1) > 1]
 
-# %% ../nbs/07a_report.ipynb #3a3ac3a6
+# %% ../nbs/07a_report.ipynb #8a83a260
 def comparison(
     a: SimpleNamespace,  # from `evidence`
     b: SimpleNamespace,
@@ -1398,13 +1401,19 @@ def compared_section(found: dict[str, SimpleNamespace], side: str) -> Section:
                                  Text(f"{note}Several figures were looked at: p values are not adjusted for that.", "note")))
 
 
-def pairs_said(of: str, rows: DataFrame, cuts: tuple[float, float], a: SimpleNamespace, b: SimpleNamespace) -> str:
+def pairs_said(
+    of: str,  # "slices" or "patients"
+    rows: DataFrame,  # with both scores
+    cuts: tuple[float, float],  # each run's threshold
+    a: SimpleNamespace,  # from `evidence`
+    b: SimpleNamespace,
+) -> str:
     "What stands over a table of paired figures."
     less = f"Difference: B less A, with its 95 % interval; thresholds {cuts[0]:.4g} and {cuts[1]:.4g}, each run's own."
     if of == "slices": return f"Slices. {less}"
     if shared(a, b)[0] == "patients": return f"Patients, {len(rows):,}. {less}"
     pooled = " and ".join(dict.fromkeys(e.config["pooling"] for e in (a, b)))
-    return (f"Patients, {len(rows):,}, {pooled} pooling; thresholds {cuts[0]:.4g} and {cuts[1]:.4g} from {a.scores} patient scores.")
+    return f"Patients, {len(rows):,}, {pooled} pooling; thresholds {cuts[0]:.4g} and {cuts[1]:.4g} from {a.scores} patient scores."
 
 # %% ../nbs/07a_report.ipynb #1a9b86f7
 COLOURS = (BLUE, RED, GREEN, "#CC79A7", "#E69F00", "black")  # Okabe and Ito, in the order of runs

@@ -96,15 +96,15 @@ def write_calibration(
 
 NOT_CROSS_FITTED = "too few validation patients of a class to calibrate each other; only the test set says how well the calibration fits"
 
-# %% ../nbs/07c_results.ipynb #ca88ee39
+# %% ../nbs/07c_results.ipynb #6b6dc9c1
 def write_patients(
     run: Path,
     oof: DataFrame,  # patient, fold, label, score
     recipe: Recipe,
 ) -> None:
     "patients.json: how slices become a patient, and what is then decided."
-    how, rule = recipe.decision, replace(recipe.rule, prevalence=None)  # which was that of slices
-    whole = recipe.kind == "bag"
+    how, whole = recipe.decision, recipe.kind == "bag"
+    rule = recipe.rule if whole else replace(recipe.rule, prevalence=None)  # which was that of slices
     pooled = oof if whole else evaluate.pool(oof, how.pooling)
     cuts, y = thresholds.candidates(pooled.score, rule.threshold_candidates), pooled.label.to_numpy()
     both = 0 < y.sum() < len(y)
@@ -132,7 +132,7 @@ def write_pooling(
                         | {f"{k}{end}": found[k][what] for k in ("roc_auc", "auprc") for end, what in failures.ENDS.items()})
     runs.write_table(run / "pooling.csv", DataFrame(rows))
 
-# %% ../nbs/07c_results.ipynb #58836648
+# %% ../nbs/07c_results.ipynb #06752413
 def confusion(
     counts: dict[str, int],  # tp, fn, fp, tn, as from `thresholds.rates`
 ) -> DataFrame:  # rows: the truth; columns: what was called
@@ -144,20 +144,21 @@ def confusion(
 def plot_confusion(
     table: DataFrame,  # from `confusion`
     title: str,
+    unit: str = "slices",  # what is counted
 ) -> "Axes":
     "Counts, and what share of its row each is."
     ax = plt.figure(figsize=(4.6, 3.6), layout="constrained").subplots()
     share = table.div(table.sum(axis=1).where(lambda total: total > 0), axis=0)
     ax.imshow(share.fillna(0), cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for (i, j), count in np.ndenumerate(table.to_numpy()):
-        text = f"{count:,}\n" + ("no slices" if np.isnan(share.iat[i, j]) else f"{100 * share.iat[i, j]:.1f} %")
+        text = f"{count:,}\n" + (f"no {unit}" if np.isnan(share.iat[i, j]) else f"{100 * share.iat[i, j]:.1f} %")
         ax.text(j, i, text, ha="center", va="center", fontsize=13, color="white" if share.iat[i, j] > 0.55 else "black")
     ax.set(xticks=[0, 1], xticklabels=table.columns, yticks=[0, 1], title=title, ylabel="truth",
-           yticklabels=[f"{name}\n{total:,} slices" for name, total in table.sum(axis=1).items()])
+           yticklabels=[f"{name}\n{total:,} {unit}" for name, total in table.sum(axis=1).items()])
     ax.tick_params(length=0)
     return ax
 
-# %% ../nbs/07c_results.ipynb #b7c7e87a
+# %% ../nbs/07c_results.ipynb #cf5bc522
 def write_test(
     run: Path,
     test: DataFrame,  # slice_id, patient, label, score, baseline
@@ -177,9 +178,9 @@ def write_test(
         **{k: figures[k]["estimate"] for k in ("sensitivity", "specificity", "ppv", "npv", "f1", "f2")},
         **{k: counts[k] for k in ("tp", "tn", "fp", "fn")}, "figures": figures,
         "baseline": evaluate.score(test.label, test.baseline, groups=test.patient)})
-    table = confusion(counts)
+    table, unit = confusion(counts), "patients" if "top_slice" in test else "slices"
     runs.write_table(run / "confusion_matrix.csv", table.reset_index())
-    runs.save_figure(run / "confusion_matrix.png", plot_confusion(table, f"test set, threshold {threshold:.4g}"))
+    runs.save_figure(run / "confusion_matrix.png", plot_confusion(table, f"test set, threshold {threshold:.4g}", unit))
     runs.save_figure(run / "test_roc_curve.png", thresholds.plot_roc(test[["label", "score"]], threshold=threshold).set_title("test set"))
     runs.save_figure(run / "test_pr_curve.png", thresholds.plot_pr(test[["label", "score"]], threshold=threshold).set_title("test set"))
 

@@ -162,7 +162,7 @@ def baseline(
         scored[fold == k] = models.histogram_baseline(seed).fit(features[train], label[train]).predict_proba(features[fold == k])[:, 1]
     return scored
 
-# %% ../nbs/05_train.ipynb #b5067a86
+# %% ../nbs/05_train.ipynb #fb5e6231
 @dataclass(frozen=True)
 class Job:
     "Where the data is, where the run goes, what is to be done."
@@ -184,6 +184,7 @@ class Job:
     limit: int | None = None  # use at most so many slices, whole patients drawn at random, for a quick look
     instruments: tuple[str, ...] = ()  # "all", or of learning_rate, gradient_norm, loss, memory, confusion, probabilities, throughput
     loggers: tuple[str, ...] = ()  # "tensorboard", "mlflow": where every figure is sent as well
+    report: bool = True  # write the report at the end; `ctbm report RUN` writes it later
     keep_folds: bool = True  # keep the networks of the folds, so that prediction can say how far they disagree
     loader_workers: int = 0  # processes that read batches; from a pack, none is fastest
     prefetch_factor: int = 2  # batches that each of them reads ahead
@@ -502,7 +503,7 @@ def prepare(
     steps(None)
     return runs.project_root() / job.packs / packed.key
 
-# %% ../nbs/05_train.ipynb #67e9c4f1
+# %% ../nbs/05_train.ipynb #89a623b7
 def run(
     resume: str | Path | None = None,  # an unfinished run; everything else is then read from it
     **asked: Any,  # fields of `Job`, and values of the recipe by flat name
@@ -543,6 +544,7 @@ def run(
     finished = runs.finish(run)
     for place in (finished / "folds").glob("*/*/"):
         shutil.rmtree(place)
+    if not job.report: return finished
     steps("report")
     try:
         print(f"report    {report.write(finished)}", flush=True)

@@ -10,12 +10,12 @@ from ctbm import models, phantom, train
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"scale": "demo", "backbone": "resnet10t", "weights": "none", "size": 32, "epochs_head": 0, "epochs_ft": 2, "k_folds": 2,
-         "num_workers": 1}
+         "num_workers": 1, "report": False}
 FOCAL = {"recipe": "focal_f2", "scale": "demo", "weights": "none", "size": 32, "resample_mm": 6.0, "epochs_all": 3, "num_workers": 1,
-         "checkpoint_every": 2}
+         "checkpoint_every": 2, "report": False}
 
 BAGS = {"recipe": "patient", "scale": "demo", "backbone": "resnet10t", "weights": "none", "size": 32, "epochs_layer3": 2, "num_workers": 1,
-        "checkpoint_every": 1}
+        "checkpoint_every": 1, "report": False}
 
 
 def oof(run: Path) -> pd.DataFrame:
@@ -74,4 +74,4 @@ def bag_folder(tmp_path_factory) -> Path:
 def bag_run(bag_folder, tmp_path_factory) -> Path:
     "A finished run of the patient recipe that learnt little in four epochs. Copy it before changing it."
     place = tmp_path_factory.mktemp("bag_run")
-    return train.run(data_root=str(bag_folder), outputs=str(place / "outputs"), packs=str(place / "packs"), **BAGS)
+    return train.run(data_root=str(bag_folder), outputs=str(place / "outputs"), packs=str(place / "packs"), **BAGS | {"report": True})

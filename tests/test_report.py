@@ -31,7 +31,8 @@ def run(cohort_folder, tmp_path_factory) -> Path:
     truth = pd.read_csv(cohort_folder / "truth.csv")
     known = truth.assign(lesion_mm2=truth.lesion_area_mm2.where(truth.label == 1))
     known[["ID", "age", "lesion_mm2"]].to_csv(data / "more.csv", index=False)
-    return train.run(data_root=str(data), outputs=str(place / "outputs"), packs=str(place / "packs"), attributes="more.csv", **SMALL)
+    places = {"data_root": str(data), "outputs": str(place / "outputs"), "packs": str(place / "packs")}
+    return train.run(**places, attributes="more.csv", **SMALL | {"report": True})
 
 
 @pytest.fixture(scope="module")
@@ -290,10 +291,11 @@ def words(html: str) -> str:
     return re.sub(r"\s+", " ", unescape(re.sub("<[^>]*>", " ", re.sub(r"<style>.*?</style>|data:image[^'\"]*", "", html, flags=re.S))))
 
 
-OF_SLICES = ("[Ss]lices, (at the )?threshold", "scores single", r"slices of \d", "[Tt]est slices", "Three zones of slices", "slice classifier",
-             r"n = \d+ slices", r"\(slices\)", "Subgroups, [^.]*slices", "equally many slices", "too few slices", "validation slices",
-             "with (positive|negative) slices", r"Patients, test \(", "a slice's score", r"batch of \d+ slices", "Slice label", "one axial slice",
-             "Slices, test")
+OF_SLICES = (
+    "[Ss]lices, (at the )?threshold", "scores single", r"slices of \d", "[Tt]est slices", "Three zones of slices", "slice classifier",
+    r"n = \d+ slices", r"\(slices\)", "Subgroups, [^.]*slices", "equally many slices", "too few slices", "validation slices",
+    "with (positive|negative) slices", r"Patients, test \(", "a slice's score", r"batch of \d+ slices", "Slice label", "one axial slice",
+    "Slices, test")
 
 
 def test_a_run_of_patients_is_told_in_patients(bag_run):
@@ -320,8 +322,9 @@ def test_a_run_of_patients_is_told_in_patients(bag_run):
 def test_a_run_of_patients_says_how_bags_are_made_and_pooled(bag_run, tmp_path):
     copy, text = copied(bag_run, tmp_path), words((bag_run / "report.html").read_text(encoding="utf8"))
     for said in ("in training at most 12, drawn anew each epoch, a positive one among them", "at most 1.5 times as many negative ones",
-                 "plus 1 times that of single slices by their own labels", "less than 0.3 apart", "the highest logit (max), over all slices",
-                 "outside the brain black", "z-scored over the brain's pixels", "goes on from the last epoch", "4 patients,"):
+                 "plus 1 times that of single slices by their own labels", "less than 0.3 apart",
+                 "the highest logit (max), over all slices", "outside the brain black", "z-scored over the brain's pixels",
+                 "goes on from the last epoch", "4 patients,"):
         assert said in text, said
     titles = re.findall(r"<h2>(.*?)</h2>", (bag_run / "report.html").read_text(encoding="utf8"))
     assert "From slices to patients" in titles and "Patients" not in titles
@@ -384,7 +387,8 @@ def test_two_runs_of_patients(bag_run, tmp_path):
     test = pd.read_csv(other / "test_predictions.csv", dtype={"id": str, "patient": str})
     runs.write_table(other / "test_predictions.csv", test.assign(prob=1 - test.prob).iloc[::-1])
     text = words(report.compare(bag_run, other, tmp_path / "pair.html").read_text(encoding="utf8"))
-    assert f"Both scored the same {len(test)} test patients ({test.label.sum()} positive)" in text and "every patient with both scores" in text
+    assert f"Both scored the same {len(test)} test patients ({test.label.sum()} positive)" in text
+    assert "every patient with both scores" in text
     fewer = SimpleNamespace(**vars(report.evidence(other)) | {"test": test[1:].rename(columns={"prob": "score"})})
     with pytest.raises(ValueError, match="the test sets of .* differ: 1 patients are in one only"):
         report.paired(report.evidence(bag_run), fewer)

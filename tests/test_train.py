@@ -18,7 +18,7 @@ from tests.conftest import FOCAL, ROOT, SMALL, oof, papermill
 @pytest.fixture(scope="module")
 def finished(workplace) -> Path:
     "One small run."
-    return train.run(**workplace, **SMALL)
+    return train.run(**workplace, **SMALL | {"report": True})
 
 
 def test_run_folder_holds_every_artefact(finished):
