@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, Sampler
 
 from .datasets import SliceDataset, reading
 
-# %% ../nbs/03c_bags.ipynb #d03e23e1
-ORDER = ("patient", "study", "series", "position_mm", "instance", "slice_id", "frame")  # as far as a table has them
+# %% ../nbs/03c_bags.ipynb #1fc61604
+ORDER = ("patient", "study", "series", "position_mm", "slice_id", "frame")  # as far as a table has them
 
 
 def in_order(

@@ -234,11 +234,11 @@ def load_checkpoint(
         optimizer.load_state_dict(content["optimizer_state_dict"])
     return int(content["epoch"])
 
-# %% ../nbs/04d_checkpoints.ipynb #32387fa2
+# %% ../nbs/04d_checkpoints.ipynb #45f7b872
 METRICS = {  # the original's name of a figure, and the history's
-    "f1": "val_fbeta", "sensitivity": "val_recall", "specificity": "val_specificity", "accuracy": "val_accuracy"}
+    "f1": "val_f1", "sensitivity": "val_recall", "specificity": "val_specificity", "accuracy": "val_accuracy"}
 HISTORY = {
-    "train_loss": "train_loss", "val_loss": "val_loss", "val_f1": "val_fbeta", "val_sensitivity": "val_recall",
+    "train_loss": "train_loss", "val_loss": "val_loss", "val_f1": "val_f1", "val_sensitivity": "val_recall",
     "val_specificity": "val_specificity", "optimal_threshold": "threshold", "separation": "val_separation"}
 
 
@@ -253,7 +253,7 @@ def write_staged(
 ) -> list[Path]:  # two, one or none
     "Write the patient pipeline's checkpoints that are due after an epoch."
     row, epoch = history[-1], len(history)
-    f1 = f"f1_{float(row['val_fbeta']):.4f}.pth"
+    f1 = f"f1_{float(row['val_f1']):.4f}.pth"
     names = [f"best_model_{f1}"] * bool(best) + [f"checkpoint_epoch{epoch:02d}_stage{stage_number}_{f1}"] * bool(last_of_stage)
     if not names:
         return []
@@ -263,7 +263,7 @@ def write_staged(
     Path(folder).mkdir(parents=True, exist_ok=True)
     return [runs.whole(Path(folder) / name, lambda p: torch.save(content, p)) for name in names]
 
-# %% ../nbs/04d_checkpoints.ipynb #0a895a6d
+# %% ../nbs/04d_checkpoints.ipynb #2a50aff2
 COLUMNS = ("file", "epoch", "stage", "f1", "fbeta", "sensitivity", "specificity", "accuracy", "auprc", "threshold", "MB", "best")
 
 
@@ -280,7 +280,7 @@ def figures(
 
 def summary(
     folder: Path,  # of checkpoints of one network
-) -> DataFrame:  # file, epoch, stage, figures, threshold, MB, best: the file whose epoch scored highest; in the order of epochs
+) -> DataFrame:  # file, epoch, stage, figures, threshold, MB, best: the last improvement; in the order of epochs
     "One row for each checkpoint."
     files = sorted(Path(folder).glob("*.pth"))
     rows = [{"file": file.name, "MB": file.stat().st_size / 1e6} | figures(read(file, lazily=True)) for file in files]
@@ -289,8 +289,7 @@ def summary(
     now = max(ends.values(), default=0) + 1  # of a stage that has not ended
     table["stage"] = [next((k for end, k in ends.items() if epoch <= end), now) if ends else None for epoch in table.epoch]
     best = table.file.str.startswith("best_model")
-    scored = table.f1.fillna(table.fbeta).astype(float).where(best)
-    table["best"] = best & (scored == scored.max())
+    table["best"] = best & (table.epoch == table.epoch[best].max())
     return table.dropna(axis=1, how="all")
 
 # %% ../nbs/04d_checkpoints.ipynb #ad9b7d64

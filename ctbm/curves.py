@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# %% ../nbs/07f_curves.ipynb #b53c6253
+# %% ../nbs/07f_curves.ipynb #ac657557
 BLUE, RED, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # Okabe and Ito, colour-blind safe
 PANELS = {  # title -> column of the history: name in the legend, colour
     "loss": {"train_loss": ("training", BLUE), "val_loss": ("validation", RED)},
-    "F1 of validation patients": {"val_fbeta": ("F1", BLUE)},
+    "F1 of validation patients": {"val_f1": ("F1", BLUE)},
     "sensitivity and specificity": {"val_recall": ("sensitivity", RED), "val_specificity": ("specificity", BLUE)},
     "threshold and separation": {"threshold": ("chosen threshold", GREEN), "val_separation": ("separation", PURPLE)}}
 

@@ -7,9 +7,10 @@ __all__ = ['GRAPHS', 'PARITY', 'USE', 'ABOUT', 'BATCH', 'FILES', 'CALIBRATION', 
            'HOPELESS', 'WORTH_PROCESSES', 'GONE', 'FORMATS', 'SliceGraph', 'BagGraph', 'shape', 'traced', 'quiet',
            'heads', 'parity', 'about', 'to_torch', 'whole', 'from_torch', 'extra', 'to_onnx', 'session', 'from_onnx',
            'to_int8', 'Batches', 'folded', 'in_bf16', 'through_onnx', 'through_int8', 'engine', 'timed', 'lost',
-           'remark', 'measure', 'run_slices', 'packed', 'packed_slice', 'evidence', 'told', 'write', 'describe']
+           'answers', 'samples', 'remark', 'measure', 'run_slices', 'packed', 'packed_slice', 'evidence', 'told',
+           'write', 'describe']
 
-# %% ../nbs/09a_export.ipynb #3751fadd
+# %% ../nbs/09a_export.ipynb #f06e1596
 import json
 import logging
 import os
@@ -39,12 +40,13 @@ from torch.nn import BatchNorm2d, Conv2d, Identity, Module, Sequential
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from . import bundle as bundles
-from . import evaluate, learning, models, pack, patient, phantom, runs
+from . import bags, evaluate, learning, models, pack, patient, phantom, runs
 from .bundle import Bundle
 from .datasets import TEST
+from .pooling import Sequence as GRUPool
 from .preprocess import Preprocess, known, read_hu
 
-# %% ../nbs/09a_export.ipynb #00fcc784
+# %% ../nbs/09a_export.ipynb #2502e5e2
 class SliceGraph(Module):
     "Packed bytes to score, features and logit."
     outputs = ("score", "features", "logit")
@@ -59,14 +61,20 @@ class SliceGraph(Module):
 
 
 class BagGraph(SliceGraph):
-    "The same, then the embedding of each slice, and the score of a patient who has just these slices, in this order."
-    outputs = (*SliceGraph.outputs, "embedding", "patient")
+    "The same, then each slice's embedding and, but for a GRU, which no exporter takes, the score of a patient with just these slices."
+
+    def __init__(self, network: Module):
+        super().__init__(network)
+        self.whole = not isinstance(network.pooling, GRUPool)
+        self.outputs = (*SliceGraph.outputs, "embedding", *["patient"] * self.whole)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         logit, early, seen = patient.answer(self.network, models.normalise(images.float() / 255, self.network))
+        found = torch.sigmoid(logit.float()), early.float(), logit.float(), seen.float()
+        if not self.whole: return found
         mask = torch.ones_like(logit, dtype=torch.bool)[None]
         told = self.network.pooling(logit[None].float(), seen[None].float(), mask, self.network.get_classifier())
-        return torch.sigmoid(logit.float()), early.float(), logit.float(), seen.float(), torch.sigmoid(told.float())
+        return *found, torch.sigmoid(told.float())
 
 
 GRAPHS = {"slice": SliceGraph, "bag": BagGraph}  # by the kind of sample that a network scores
@@ -197,7 +205,7 @@ def from_torch(
         return torch.sigmoid(logit.double()).numpy(), features.numpy(), *(part.numpy() for part in more[:1])
     return look
 
-# %% ../nbs/09a_export.ipynb #206466f1
+# %% ../nbs/09a_export.ipynb #105056ee
 def extra(
     name: str,  # of a module
 ) -> ModuleType:
@@ -220,8 +228,8 @@ def to_onnx(
 
     def write(file: Path) -> None:
         with quiet():
-            made = torch.onnx.export(traced(bundle), input_names=["images"], output_names=list(GRAPHS[bundle.model["kind"]].outputs),
-                                     optimize=True, verbose=False)
+            made = torch.onnx.export(traced(bundle), input_names=["images"], optimize=True, verbose=False,
+                                     output_names=list(GRAPHS[bundle.model["kind"]](bundle.network).outputs))
         model = made.model_proto
         onnx.helper.set_model_props(model, about(bundle))
         for node in model.graph.node: del node.metadata_props[:]  # the exporter's notes
@@ -393,7 +401,7 @@ def engine(
         return look(images)
     return checked
 
-# %% ../nbs/09a_export.ipynb #63e30813
+# %% ../nbs/09a_export.ipynb #6bb04198
 FASTER = 1.1  # times as many slices per second, from which an engine counts as faster
 NOTICEABLE = 0.01  # a change in AUROC
 HOPELESS = 0.5  # times as many slices per second, below which an engine is not asked for more than its speed
@@ -434,6 +442,26 @@ def lost(
     return found | {"roc_auc": row.b, "change": row.difference, "low": row.low, "high": row.high}
 
 
+def answers(
+    bundle: Bundle,
+    look: Callable[[np.ndarray], tuple[np.ndarray, ...]],
+    images: np.ndarray,  # uint8[n, c, s, s]; of bags patient after patient
+    truth: DataFrame,  # label and patient of each slice
+) -> np.ndarray:  # float64, one for each row of `samples`
+    "The scores that decisions are made from."
+    score, _, *more = look(images)
+    return patient.patient_scores(bundle.network, score, more[0], truth.groupby("patient", sort=False).size()) if more else score
+
+
+def samples(
+    bundle: Bundle,
+    truth: DataFrame,  # label and patient of each slice
+) -> DataFrame:  # the same, or of bags a row for each patient
+    "What is decided about."
+    if bundle.model["kind"] != "bag": return truth
+    return truth.groupby("patient", sort=False).label.max().reset_index()
+
+
 def remark(
     name: str,  # of an engine
     row: dict[str, float],  # of `measure`
@@ -456,10 +484,12 @@ def measure(
     "Speed and accuracy of engines on this machine, beside torch."
     looks = {name: engine(bundle, name) for name in dict.fromkeys(("torch", *engines))}
     table = timed(looks, images[:BATCH])
-    score, rows = looks["torch"](images)[0], {}
+    few, rows = looks["torch"](images[:BATCH])[0], {}
+    full = None if truth is None else answers(bundle, looks["torch"], images, truth)
     for name, row in table.to_dict("index").items():
-        if row["speed"] >= HOPELESS: more = lost(bundle, score, looks[name](images)[0], truth)
-        else: more = lost(bundle, score[:BATCH], looks[name](images[:BATCH])[0], None)
+        if truth is None: more = lost(bundle, looks["torch"](images)[0], looks[name](images)[0], None)
+        elif row["speed"] >= HOPELESS: more = lost(bundle, full, answers(bundle, looks[name], images, truth), samples(bundle, truth))
+        else: more = lost(bundle, few, looks[name](images[:BATCH])[0], None)
         rows[name] = row | more | {"remark": remark(name, row | more)}
     return DataFrame.from_dict(rows, orient="index").rename_axis("engine")
 
@@ -501,7 +531,7 @@ def packed_slice(row, preprocess: Preprocess) -> np.ndarray:
         raise FileNotFoundError(f"{GONE} ({row.path} has changed)")
     return pack.pixels(read_hu(row.path, row.frame), row, preprocess)
 
-# %% ../nbs/09a_export.ipynb #c6c85077
+# %% ../nbs/09a_export.ipynb #3873b845
 def evidence(
     run: Path,
     bundle: Bundle,
@@ -513,13 +543,16 @@ def evidence(
     try:
         table = run_slices(run, data_root)
         test, rest = table[table.fold == TEST], table[table.fold != TEST]
+        test = bags.in_order(test) if bundle.model["kind"] == "bag" else test
         some = rest.sample(min(CALIBRATION, len(rest)) if int8 else 0, random_state=0)
         images = packed(pd.concat([test, some]), bundle.preprocess, jobs)
     except FileNotFoundError as error:
         if int8 or data_root is not None: raise
         told = str(error).partition(" (")[0]
         return {"images": np.tile(heads(bundle.preprocess), (8, 1, 1, 1)), "slices": "4 synthetic heads", "no_auroc": told}
-    stored = pd.read_csv(run / "test_predictions.csv", dtype={"id": str}).set_index("id").prob
+    of_slices = run / "test_slices.csv"  # where samples are patients
+    stored = pd.read_csv(of_slices if of_slices.is_file() else run / "test_predictions.csv", dtype={"id": str}).set_index("id")
+    stored = stored.score if of_slices.is_file() else stored.prob
     return {"images": images[: len(test)], "slices": f"the test set: {len(test)} slices of {test.patient.nunique()} patients",
             "truth": test[["label", "patient"]], "stored": stored[test.slice_id].to_numpy(), "calibration": images[len(test) :]}
 

@@ -113,17 +113,17 @@ def memory_format() -> torch.memory_format:
     "Channels last, the faster order; but not on MPS, where BatchNorm's backward pass refuses it."
     return torch.contiguous_format if device().type == "mps" else torch.channels_last
 
-# %% ../nbs/04f_learning.ipynb #1c3b2af3
+# %% ../nbs/04f_learning.ipynb #187d2869
 def ranked(
     label: np.ndarray,  # 0 or 1
     score: np.ndarray,  # float
     beta: float,  # how many times sensitivity counts as much as PPV
-) -> dict[str, float]:  # auprc, roc_auc, separation; threshold, and fbeta, recall, precision, specificity, accuracy at the best F-beta
+) -> dict[str, float]:  # auprc, roc_auc, separation; threshold, and fbeta, f1, recall, precision, specificity, accuracy at the best F-beta
     "How well scores rank, how far the classes' means are apart, and the best they can do at one threshold."
     cuts = thresholds.candidates(score, "exact")
     at = thresholds.ratios(*thresholds.counted(label == 1, score, cuts, np.ones((1, len(score)))), beta)
     best = int(np.nanargmax(at["fbeta"][0]))
-    names = {"fbeta": "fbeta", "recall": "sens", "precision": "ppv", "specificity": "spec"}
+    names = {"fbeta": "fbeta", "f1": "f1", "recall": "sens", "precision": "ppv", "specificity": "spec"}
     return {"auprc": float(average_precision_score(label, score)), "roc_auc": float(roc_auc_score(label, score)),
             "separation": float(score[label == 1].mean() - score[label == 0].mean()), "threshold": float(cuts[best]),
             "accuracy": float(((score >= cuts[best]) == (label == 1)).mean()), **{name: float(at[k][0, best]) for name, k in names.items()}}
@@ -148,7 +148,7 @@ def gathered(
     value = np.average([float(part["value"]) for part in seen], weights=[len(part["labels"]) for part in seen])
     return float(value), labels, expit(logits)
 
-# %% ../nbs/04f_learning.ipynb #3126195a
+# %% ../nbs/04f_learning.ipynb #918d559b
 def rated(
     network: Module,  # what the stage does not train is frozen
     stage: Stage,
@@ -162,8 +162,8 @@ def rated(
     depth = len(body)  # what comes before the first feature stage is deeper than all of them
     for name, parameter in network.named_parameters():
         depth = next((i for i, prefix in enumerate(body) if name.startswith(prefix)), depth)
-        of_head = name in head or not stage.lr_body
-        key = (stage.lr, stage.weight_decay) if of_head else (stage.lr_body[min(depth, len(stage.lr_body) - 1)], decay)
+        rate = stage.lr_body[min(depth, len(stage.lr_body) - 1)] if stage.lr_body else stage.lr
+        key = (stage.lr, stage.weight_decay) if name in head else (rate, decay)
         if parameter.requires_grad: groups.setdefault(key, []).append(parameter)
     return [{"params": params, "lr": lr, "weight_decay": wd} for (lr, wd), params in groups.items() if params]
 
@@ -188,7 +188,7 @@ def remind(
         if name in memory and id(p) in mine:
             optimizer.state[p] = {k: v.to(p.device if v.ndim else v.device, copy=True) for k, v in memory[name].items()}
 
-# %% ../nbs/04f_learning.ipynb #5c54ae23
+# %% ../nbs/04f_learning.ipynb #47192c18
 class SliceModule(LightningModule):
     "One stage of training a slice classifier."
 
@@ -213,7 +213,12 @@ class SliceModule(LightningModule):
         return {"loss": value + weight * l1_penalty(self.network) if weight else value} | self.note("train", value, logits, labels)
 
     def augmented(self, images: Tensor, labels: Tensor) -> Tensor:
-        change = lambda x: self.alter(self.augment(x, self.generator), labels, self.generator)
+        standard = self.recipe.preprocess.intensity != "window"  # then black is not 0, and what comes from outside is to be black
+
+        def change(x):
+            black = x[..., :1, :1] if standard else 0
+            return self.alter(self.augment(x - black, self.generator) + black, labels, self.generator)
+
         return prepare(images, self.network, change)
 
     def validation_step(self, batch, _):
@@ -262,9 +267,9 @@ class SliceModule(LightningModule):
     def keep(self, folder: Path, before: list[dict]) -> Callback:
         return Keep(folder, self.recipe.checkpoint_every, len(before))
 
-# %% ../nbs/04f_learning.ipynb #4f1b338c
+# %% ../nbs/04f_learning.ipynb #28ddff02
 FIGURES = ("train_loss", "val_loss", "train_auprc", "val_auprc", "train_fbeta", "val_fbeta", "train_recall", "val_recall", "val_precision",
-           "val_specificity", "val_accuracy", "val_separation", "val_roc_auc")
+           "val_f1", "val_specificity", "val_accuracy", "val_separation", "val_roc_auc")
 
 
 class KeepBest(Callback):
@@ -336,7 +341,7 @@ class Beside:
     workers: int = 0  # processes that read batches
     prefetch: int = 2  # batches that each of them reads ahead
 
-# %% ../nbs/04f_learning.ipynb #ed3027e3
+# %% ../nbs/04f_learning.ipynb #06229ced
 @contextmanager
 def quiet() -> Iterator[None]:
     "Keep Lightning's remarks on devices, loader workers and loggers out of the run's own lines."
@@ -369,7 +374,11 @@ def memory_advice(recipe: Recipe) -> Iterator[None]:
         knobs = [(half, f"batch_size {half} with accumulate {more} (nearly the same step in smaller bites)"),
                  (not recipe.activation_checkpointing, "activation_checkpointing true"),
                  ("mixed" not in precision(recipe.precision), "precision bf16-mixed"), (True, "a smaller size or backbone")]
-        raise MemoryError(f"out of memory on {device().type}: {recipe.backbone}, {recipe.batch_size} slices of {recipe.preprocess.size} "
+        unit, most = "slices", recipe.bag.max_slices
+        if recipe.kind == "bag":
+            unit = f"patients with {'all their' if most is None else f'up to {most}'} slices"
+            knobs.insert(0, (most is None or most > 1, f"max_slices {most // 2 if most else 32}"))
+        raise MemoryError(f"out of memory on {device().type}: {recipe.backbone}, {recipe.batch_size} {unit} of {recipe.preprocess.size} "
                           f"pixels. Use {', '.join(text for true, text in knobs if true)}") from error
 
 # %% ../nbs/04f_learning.ipynb #1f475328
@@ -443,11 +452,10 @@ def score(network: Module, images: np.ndarray, rows: np.ndarray) -> np.ndarray:
     "The scores that `look_at` finds."
     return look_at(network, images, rows)[0]
 
-# %% ../nbs/04f_learning.ipynb #5d8ff2ae
+# %% ../nbs/04f_learning.ipynb #ce27cb8c
 @dataclass(frozen=True)
 class Kind:
     "What one sample is, and what follows from it."
-    unit: str  # one of them in words
     module: type[LightningModule]  # one stage of training
     dataset: Callable[[Recipe, np.ndarray, DataFrame], Dataset]  # recipe, pack, slices; the dataset has `labels`
     loaders: Callable[[Recipe, Dataset, Dataset, int, int, int], tuple[Any, Any]]  # recipe, training, validation, seed, workers, prefetch
@@ -476,7 +484,7 @@ def slice_dataset(
     "The slices of a table."
     return SliceDataset(images, part.row.to_numpy(), part.label.to_numpy().astype(int))
 
-# %% ../nbs/04f_learning.ipynb #61699fb0
+# %% ../nbs/04f_learning.ipynb #0e709eb3
 def slice_scores(
     network: Module,
     images: np.ndarray,  # uint8[n, c, h, w], the pack
@@ -486,7 +494,7 @@ def slice_scores(
     return part.assign(score=score(network, images, part.row.to_numpy()))
 
 
-SLICE = Kind("slice", SliceModule, slice_dataset, slice_loaders, slice_scores, pooled=lambda slices: slices)
+SLICE = Kind(SliceModule, slice_dataset, slice_loaders, slice_scores, pooled=lambda slices: slices)
 
 # %% ../nbs/04f_learning.ipynb #529fcf76
 def arguments(

@@ -100,7 +100,7 @@ class KeepStages(Callback):
         last = trainer.should_stop or trainer.current_epoch + 1 == module.stage.epochs
         checkpoints.write_staged(self.folder, module.network, trainer.optimizers[0], history, number, history[-1]["best"], last)
 
-# %% ../nbs/10_patient.ipynb #b5f09e1f
+# %% ../nbs/10_patient.ipynb #4054acb5
 @torch.no_grad()
 def patient_scores(
     network: Module,  # with a pool
@@ -109,14 +109,12 @@ def patient_scores(
     sizes: np.ndarray,  # int[b], slices of each patient
 ) -> np.ndarray:  # float64[b]
     "Pool the scores of slices, each patient alone, so that a patient scores the same in any company."
-    ends, place = np.cumsum(sizes)[:-1], next(network.parameters()).device
-    logits = logit(np.clip(score, 1e-300, 1 - 1e-16))
-    learned = any(True for _ in network.pooling.parameters())
-    told = []
+    ends, logits = np.cumsum(sizes)[:-1], logit(np.clip(score, 1e-300, 1 - 1e-16))
+    learned, told = next(network.pooling.parameters(), None), []
+    place = {"device": "cpu", "dtype": torch.float64} if learned is None else {"device": learned.device, "dtype": torch.float32}
     for one, seen in zip(np.split(logits, ends), np.split(features, ends), strict=True):
-        flat = torch.from_numpy(one).to(place, torch.float32 if learned else torch.float64)
-        value = pooled(network.pooling, flat, torch.from_numpy(seen).to(place), torch.tensor([len(one)]), network.get_classifier())
-        told.append(value.double().item())
+        flat, table = (torch.from_numpy(part).to(**place) for part in (one, seen))
+        told.append(float(pooled(network.pooling, flat, table, torch.tensor([len(one)]), network.get_classifier())))
     return expit(np.array(told))
 
 # %% ../nbs/10_patient.ipynb #9fe1ab15
@@ -144,7 +142,7 @@ def one_each(
     made = top.assign(**found, top_slice=top.slice_id, slice_id=top.patient)
     return made.set_index(ordered.loc[by.score.idxmax()].index)
 
-# %% ../nbs/10_patient.ipynb #cddfefe8
+# %% ../nbs/10_patient.ipynb #de53c61b
 def bag_dataset(
     recipe: Recipe,
     images: np.ndarray,  # uint8[n, c, h, w], the pack
@@ -167,4 +165,4 @@ def bag_loaders(
             bags.score_loader(valid, recipe.batch_size, workers, prefetch))
 
 
-BAG = Kind("patient", BagModule, bag_dataset, bag_loaders, patients, one_each)
+BAG = Kind(BagModule, bag_dataset, bag_loaders, patients, one_each)

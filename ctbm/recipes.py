@@ -225,7 +225,7 @@ def locate(
     key, _, stage = name.rpartition("_")
     return Stage, key, stages[stage]
 
-# %% ../nbs/04b_recipes.ipynb #eccc1030
+# %% ../nbs/04b_recipes.ipynb #fc35bf23
 LIMITS = {
     "test_size": (0.01, 0.9), "holdout_frac": (0.01, 0.9), "dropout_p": (0, 0.99), "k_folds": (1, 100),
     "drop_path_p": (0, 0.99), "resample_mm": (0.01, 100),
@@ -257,18 +257,20 @@ def check(
             raise ValueError(f"{name} must be the smaller number, then the larger, not {values[name]!r}")
     if recipe.kind == "bag" and recipe.balanced:
         raise ValueError("balanced draws slices; of bags, negative_ratio says how many negative patients are drawn for a positive one")
+    if recipe.kind == "bag" and recipe.bag.separation_weight and recipe.batch_size == 1:
+        raise ValueError("separation_weight compares the patients of a batch, and batch_size is 1: use 2 or more, or separation_weight 0")
     if not any(stage.epochs for stage in recipe.stages):
         raise ValueError(f"nothing would be trained: {', '.join(f'epochs_{stage.name}' for stage in recipe.stages)} are 0")
     return recipe
 
-# %% ../nbs/04b_recipes.ipynb #bdc020b4
+# %% ../nbs/04b_recipes.ipynb #40af9263
 PUBLISHED = {
     "slice_cv": {"crop": "published", "margin_px": 0, "floor": "published", "resize": "bilinear", "blur_p": 1.0, "selection": "published",
                  "calibration": "none"},
     "focal_f2": {"backbone": "efficientnetv2_m", "crop": "none", "fit": "squeeze", "elastic_magnitude": (0.5, 1.0), "normalise": False,
                  "batch_size": 4, "calibration": "none"},
     "patient": {"weights": "radimagenet", "crop": "none", "fit": "squeeze", "resize": "bilinear", "intensity": "zscore_slice",
-                "flip_p": 0.0, "texture": "by_class", "batch_size": 1, "separation_weight": 0.0, "max_slices": None, "keep_positive": False,
+                "flip_p": 0.0, "texture": "by_class", "separation_weight": 0.0, "batch_size": 1, "max_slices": None, "keep_positive": False,
                 "threshold_candidates": "grid", "calibration": "none"},
 }
 DEMO = {

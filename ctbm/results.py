@@ -7,8 +7,8 @@ __all__ = ['OF_BAG', 'NOT_CROSS_FITTED', 'EPOCHS', 'over_folds', 'cv_metrics', '
            'write_patients', 'write_pooling', 'confusion', 'plot_confusion', 'write_test', 'plot_epochs',
            'plot_history', 'write_history', 'write_failures']
 
-# %% ../nbs/07c_results.ipynb #fc20b420
-from collections.abc import Callable
+# %% ../nbs/07c_results.ipynb #0060b614
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,11 +96,12 @@ def write_calibration(
 
 NOT_CROSS_FITTED = "too few validation patients of a class to calibrate each other; only the test set says how well the calibration fits"
 
-# %% ../nbs/07c_results.ipynb #6b6dc9c1
+# %% ../nbs/07c_results.ipynb #7aaa88d7
 def write_patients(
     run: Path,
     oof: DataFrame,  # patient, fold, label, score
     recipe: Recipe,
+    remarks: Sequence[str] = (),  # what a reader should know besides
 ) -> None:
     "patients.json: how slices become a patient, and what is then decided."
     how, whole = recipe.decision, recipe.kind == "bag"
@@ -114,8 +115,9 @@ def write_patients(
         "calibration": calibration.fit(how.calibration, y, pooled.score.to_numpy()) if both else None,
         "triage": decision.triage(y, pooled.score, pooled.patient, how.miss_level, how.false_alarm_level),
         "slices": dict(zip(("least", "median", "most"), pooled.slices.quantile([0, 0.5, 1]).tolist(), strict=True)),
-        "remarks": [] if both else [f"all {len(y)} patients behind the operating point are {'positive' if y.any() else 'negative'}: "
-                                    "it says nothing of the others, and there is no probability"]})
+        "remarks": [*remarks] if both else [
+            *remarks, f"all {len(y)} patients behind the operating point are {'positive' if y.any() else 'negative'}: it says nothing of "
+                      "the others, and there is no probability"]})
 
 # %% ../nbs/07c_results.ipynb #f9bc18e3
 def write_pooling(

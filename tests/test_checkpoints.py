@@ -163,7 +163,7 @@ def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere.pth"): checkpoints.load_checkpoint(build()[0], tmp_path / "nowhere.pth")
 
 
-STAGED = [dict(epoch=1, stage=f"stage{i + 1}", train_loss=np.float32(0.5), val_loss=0.5, val_fbeta=f1, val_recall=1, val_specificity=0.25,
+STAGED = [dict(epoch=1, stage=f"stage{i + 1}", train_loss=np.float32(0.5), val_loss=0.5, val_f1=f1, val_recall=1, val_specificity=0.25,
                val_accuracy=np.float64(0.5), threshold=np.float64(0.35), val_separation=-0.125, lr=1e-3, best=True)
           for i, f1 in enumerate((0.5, 0.25, 0.85114))]
 

@@ -44,7 +44,7 @@ def test_the_four_files(history, tmp_path):
 
 
 def test_one_epoch_and_gaps_are_drawn(history, tmp_path):
-    gaps = history.assign(val_fbeta=np.nan, val_separation=[np.nan] * 5 + [0.5] * 7, best=False)
+    gaps = history.assign(val_f1=np.nan, val_separation=[np.nan] * 5 + [0.5] * 7, best=False)
     for i, odd in enumerate((gaps, history[:1])): curves.training_curves(odd).savefig(tmp_path / f"{i}.png", dpi=30)
     assert {path.name for path in tmp_path.iterdir()} == {"0.png", "1.png"}
 
