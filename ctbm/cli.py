@@ -75,7 +75,7 @@ def phantom(argv: list[str]) -> None:
     add_options(parser, defaults, remarks(make_cohort))
     print(make_cohort(**vars(parser.parse_args(argv))))
 
-# %% ../nbs/19_cli.ipynb #363adfdf
+# %% ../nbs/19_cli.ipynb #959669ce
 def asked(
     argv: list[str],
     command: str,  # "train" or "pack"
@@ -98,7 +98,7 @@ def asked(
     add_options(parser.add_argument_group(f"the recipe, {recipe.name}"), values, notes)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        known("option", unknown[0].lstrip("-").split("=")[0].replace("-", "_"), training.parameters(recipe.name))
+        known("option", unknown[0].lstrip("-").split("=")[0].replace("-", "_"), [*jobs, *values])
     return vars(args)
 
 
