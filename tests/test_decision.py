@@ -98,7 +98,7 @@ def test_fewest_patients_that_can_promise_anything():
         assert highest_cut(np.arange(needed - 1.0), np.arange(needed - 1), level) is None
         few = triage(np.ones(needed - 1, int), np.linspace(0.1, 0.9, needed - 1), miss=level)
         assert few["rule_out_below"] is None and few["remarks"][0].endswith(f"it takes {needed}.")
-        assert few["rule_in_from"] is None and "0 patients with negative" in few["remarks"][1]
+        assert few["rule_in_from"] is None and "0 patients on the negative" in few["remarks"][1]
 
 
 def test_ties_and_steps_of_the_cuts():

@@ -268,7 +268,7 @@ def test_a_patient_s_network_goes_through_a_checkpoint(tmp_path):
     torch.manual_seed(0)
     build = lambda file, **added: models.create_model("test_efficientnet", 1, str(file), **added)
     donor = build("none", hidden=8, pooling="gru")
-    row = dict(val_fbeta=0.5, val_recall=1, val_specificity=0, val_accuracy=0.5, train_loss=1, val_loss=1, threshold=0.5, val_separation=0)
+    row = dict(val_f1=0.5, val_recall=1, val_specificity=0, val_accuracy=0.5, train_loss=1, val_loss=1, threshold=0.5, val_separation=0)
     optimizer = torch.optim.Adam(donor.parameters())
     file, = checkpoints.write_staged(tmp_path, donor, optimizer, [row], 1, best=True, last_of_stage=False)
     as_weights, loaded = build(file, hidden=8, pooling="gru"), build("none", hidden=8, pooling="gru")

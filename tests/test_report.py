@@ -322,7 +322,7 @@ def test_a_run_of_patients_is_told_in_patients(bag_run):
 def test_a_run_of_patients_says_how_bags_are_made_and_pooled(bag_run, tmp_path):
     copy, text = copied(bag_run, tmp_path), words((bag_run / "report.html").read_text(encoding="utf8"))
     for said in ("in training at most 12, drawn anew each epoch, a positive one among them", "at most 1.5 times as many negative ones",
-                 "plus 1 times that of single slices by their own labels", "less than 0.3 apart",
+                 "plus 3 times that of single slices by their own labels", "less than 0.3 apart",
                  "the highest logit (max), over all slices", "outside the brain black", "z-scored over the brain's pixels",
                  "goes on from the last epoch", "4 patients,"):
         assert said in text, said

@@ -88,7 +88,8 @@ def test_stored_weights_give_the_stored_scores(finished):
     spec = pack.Preprocess.from_dict(how["preprocess"])
     test = table[table.test].reset_index(drop=True)
     images = np.stack([np.rint(spec(pack.read_hu(p)) * 255).astype(np.uint8) for p in test.path])
-    scores = dict(zip(test.slice_id, train.score(network.to(memory_format=torch.channels_last), images, np.arange(len(test))), strict=True))
+    seen = learning.score(network.to(memory_format=torch.channels_last), images, np.arange(len(test)))
+    scores = dict(zip(test.slice_id, seen, strict=True))
     stored = pd.read_csv(finished / "test_predictions.csv")
     assert np.allclose(stored.prob, stored.id.map(scores), atol=1e-6)
 
@@ -313,7 +314,7 @@ def test_imagenet_weights_come_from_the_hub_s_cache(tmp_path, monkeypatch, forge
 def test_weights_that_cannot_be_had_are_an_error_or_said_loudly(tmp_path, monkeypatch, forget_weights):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(models, "hub_answers", lambda: False)
-    with pytest.raises(FileNotFoundError, match="does not answer"):
+    with pytest.raises(FileNotFoundError, match="does not give them"):
         models.create_model("resnet18", weights="imagenet")
     with pytest.warns(UserWarning, match="RANDOM START"):
         assert models.provenance("resnet18", "auto")["used"] == "random"
