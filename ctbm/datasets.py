@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEST', 'VALID', 'TRAIN', 'FEWEST', 'hold_out', 'check_split', 'assign_folds', 'split', 'limited', 'SliceDataset',
-           'EpochSampler', 'as_it_is', 'reading', 'train_loader', 'score_loader', 'Augmentation', 'affine', 'smooth',
-           'control_points', 'blur', 'erase', 'between', 'Augment']
+           'EpochSampler', 'as_it_is', 'reading', 'train_loader', 'drawn_loader', 'score_loader', 'Augmentation',
+           'affine', 'smooth', 'control_points', 'blur', 'erase', 'between', 'Augment']
 
 # %% ../nbs/03_datasets.ipynb #064cbcc2
 import math
@@ -192,8 +192,18 @@ def train_loader(
     prefetch: int = 2,  # batches that each of them keeps ready
 ) -> DataLoader:
     "Batches for training; the last, smaller batch is left out where there is a full one."
-    sampler = EpochSampler(dataset.labels.numpy(), balanced, seed, epoch)
-    return DataLoader(dataset, batch_size, sampler=sampler, drop_last=len(dataset) > batch_size, **reading(workers, prefetch))
+    return drawn_loader(dataset, batch_size, EpochSampler(dataset.labels.numpy(), balanced, seed, epoch), workers, prefetch)
+
+
+def drawn_loader(
+    dataset: Dataset,
+    batch_size: int,
+    sampler: Sampler,
+    workers: int = 0,  # processes that read ahead; 0: none
+    prefetch: int = 2,  # batches that each of them keeps ready
+) -> DataLoader:
+    "Batches of what a sampler draws; the last, smaller batch is left out where there is a full one."
+    return DataLoader(dataset, batch_size, sampler=sampler, drop_last=len(sampler) > batch_size, **reading(workers, prefetch))
 
 
 def score_loader(

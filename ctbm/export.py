@@ -446,19 +446,20 @@ def answers(
     bundle: Bundle,
     look: Callable[[np.ndarray], tuple[np.ndarray, ...]],
     images: np.ndarray,  # uint8[n, c, s, s]; of bags patient after patient
-    truth: DataFrame,  # label and patient of each slice
+    truth: DataFrame | None,  # label and patient of each slice; None: not known
 ) -> np.ndarray:  # float64, one for each row of `samples`
     "The scores that decisions are made from."
     score, _, *more = look(images)
-    return patient.patient_scores(bundle.network, score, more[0], truth.groupby("patient", sort=False).size()) if more else score
+    if truth is None or not more: return score
+    return patient.patient_scores(bundle.network, score, more[0], truth.groupby("patient", sort=False).size())
 
 
 def samples(
     bundle: Bundle,
-    truth: DataFrame,  # label and patient of each slice
-) -> DataFrame:  # the same, or of bags a row for each patient
+    truth: DataFrame | None,  # label and patient of each slice
+) -> DataFrame | None:  # the same, or of bags a row for each patient
     "What is decided about."
-    if bundle.model["kind"] != "bag": return truth
+    if truth is None or bundle.model["kind"] != "bag": return truth
     return truth.groupby("patient", sort=False).label.max().reset_index()
 
 
@@ -484,11 +485,9 @@ def measure(
     "Speed and accuracy of engines on this machine, beside torch."
     looks = {name: engine(bundle, name) for name in dict.fromkeys(("torch", *engines))}
     table = timed(looks, images[:BATCH])
-    few, rows = looks["torch"](images[:BATCH])[0], {}
-    full = None if truth is None else answers(bundle, looks["torch"], images, truth)
+    few, full, rows = looks["torch"](images[:BATCH])[0], answers(bundle, looks["torch"], images, truth), {}
     for name, row in table.to_dict("index").items():
-        if truth is None: more = lost(bundle, looks["torch"](images)[0], looks[name](images)[0], None)
-        elif row["speed"] >= HOPELESS: more = lost(bundle, full, answers(bundle, looks[name], images, truth), samples(bundle, truth))
+        if row["speed"] >= HOPELESS: more = lost(bundle, full, answers(bundle, looks[name], images, truth), samples(bundle, truth))
         else: more = lost(bundle, few, looks[name](images[:BATCH])[0], None)
         rows[name] = row | more | {"remark": remark(name, row | more)}
     return DataFrame.from_dict(rows, orient="index").rename_axis("engine")

@@ -561,10 +561,9 @@ def met(recipe: Recipe, labels: np.ndarray) -> np.ndarray:
 
 def ended(recipe: Recipe, network: Module, best: KeepBest, memory: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
     "What a stage leaves: its best epoch; where stages go on, its last one, the best of all and what the optimizer has learnt."
-    on_cpu = lambda weights: {k: v.detach().cpu().clone() for k, v in weights.items()}
-    if not recipe.continuous: return {"weights": on_cpu(best.weights), "history": best.history, "went_on": {}}
-    went_on = {"best": best.best, "top": on_cpu(best.weights), "memory": {name: on_cpu(state) for name, state in memory.items()}}
-    return {"weights": on_cpu(network.state_dict()), "history": best.history, "went_on": went_on}
+    weights = network.state_dict() if recipe.continuous else best.weights
+    went_on = {"best": best.best, "top": best.weights, "memory": memory} if recipe.continuous else {}
+    return checkpoints.on_cpu({"weights": weights, "history": best.history, "went_on": went_on})
 
 
 def finish_stage(path: Path, kept: dict[str, Any], tables: dict[str, DataFrame]) -> None:

@@ -18,7 +18,7 @@ from scipy.special import expit, logit
 from torch import Tensor
 from torch.nn import Module
 
-from . import bags, checkpoints, learning, models
+from . import bags, checkpoints, datasets, learning, models
 from .bags import BagDataset, Bags
 from .learning import Kind, SliceModule, prepare
 from .losses import l1_penalty
@@ -162,7 +162,7 @@ def bag_loaders(
 ) -> tuple[Any, Any]:  # training and validation
     "Batches of patients: in training a draw of them and of their slices, in validation all."
     return (bags.train_loader(train, recipe.batch_size, seed, recipe.bag.negative_ratio, 0, workers, prefetch),
-            bags.score_loader(valid, recipe.batch_size, workers, prefetch))
+            datasets.score_loader(valid, recipe.batch_size, workers, prefetch))
 
 
 BAG = Kind(BagModule, bag_dataset, bag_loaders, patients, one_each)

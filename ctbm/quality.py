@@ -16,6 +16,7 @@ from pandas import DataFrame, Series
 from tqdm import tqdm
 
 from .brain import brain_mask, disc, filled
+from .pack import spacing_mm
 from .preprocess import Unreadable, known, read_hu, window
 
 # %% ../nbs/02c_quality.ipynb #ef415aab
@@ -94,8 +95,7 @@ def measured(
     row, # of a cohort table: path, frame, row_mm, col_mm
 )->dict: # as `assess` returns, with `unreadable`: why there are no figures
     "The figures of one slice, from its file"
-    spacing = (row.row_mm, row.col_mm) if row.row_mm > 0 and row.col_mm > 0 else None
-    try: return assess(read_hu(row.path, row.frame), spacing) | {"unreadable": None}
+    try: return assess(read_hu(row.path, row.frame), spacing_mm(row)) | {"unreadable": None}
     except (OSError, Unreadable) as error:
         return {"issues": ["unreadable"], "unreadable": error.reason if isinstance(error, Unreadable) else str(error)}
 

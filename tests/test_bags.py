@@ -9,7 +9,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from ctbm import cohort, pack
-from ctbm.bags import BagDataset, Bags, PatientSampler, by_patient, in_order, score_loader, train_loader
+from ctbm.bags import BagDataset, Bags, PatientSampler, by_patient, in_order, train_loader
+from ctbm.datasets import score_loader
 from ctbm.preprocess import Preprocess
 
 
