@@ -43,6 +43,7 @@ CARD += (
         "{Unit}, test: AUROC {test_roc_auc}, average precision {test_auprc}, sensitivity {test_sensitivity}, specificity "
         "{test_specificity}, PPV {test_ppv}, NPV {test_npv}. {counts}. AUROC less that of the grey-level baseline: {ahead}.",
         "{pooled}.",
+        "{trivial}.",
         "Calibration, test: slope {slope}, intercept {intercept}, Brier {brier}, ICI {ici}. Sent to review: {review}. Subgroups and "
         "shifts: see the report.")),
     ("Ethical considerations", (

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['CT_CLASSES', 'SECONDARY_CAPTURE', 'JPEG', 'LOSSY_JPEG', 'APPROXIMATE', 'FAITHFUL', 'COLUMNS', 'ORDER', 'CHUNK',
-           'WORTH_PROCESSES', 'SAME_PLACE_MM', 'SAME_SPACING_MM', 'SHARED', 'LABELS', 'EMPTY', 'Finding', 'NOT_A_SLICE',
-           'TILT_DEG', 'TAG_DEG', 'PLACEHOLDERS', 'SERIES_SHOWN', 'slice_normal', 'position_mm', 'tilt_deg', 'scan',
-           'spacings', 'missing_slices', 'images', 'kind', 'series', 'read_labels', 'clean_labels', 'join_labels',
-           'usable', 'checks', 'findings', 'describe']
+           'WORTH_PROCESSES', 'SAME_PLACE_MM', 'SAME_SPACING_MM', 'SHARED', 'STUDY', 'COMPETITION', 'PARTS', 'LABELS',
+           'EMPTY', 'Finding', 'NOT_A_SLICE', 'CONTRADICTIONS', 'TILT_DEG', 'TAG_DEG', 'PLACEHOLDERS', 'SERIES_SHOWN',
+           'slice_normal', 'position_mm', 'tilt_deg', 'scan', 'spacings', 'missing_slices', 'images', 'kind', 'series',
+           'read_labels', 'clean_labels', 'join_labels', 'usable', 'checks', 'findings', 'describe']
 
-# %% ../nbs/00_cohort.ipynb #93cc4789
+# %% ../nbs/00_cohort.ipynb #5831b755
 import codecs
 import os
 import sys
@@ -30,6 +30,7 @@ from pydicom.tag import Tag
 from pydicom.uid import UID
 from tqdm import tqdm
 
+from . import windowed
 from .sources import Listed, is_dicom, opened
 
 # %% ../nbs/00_cohort.ipynb #d12e3364
@@ -170,13 +171,13 @@ def tilt_deg(
     x, y, z = normal
     return degrees(atan2(hypot(x, y), abs(z)))
 
-# %% ../nbs/00_cohort.ipynb #98676abf
+# %% ../nbs/00_cohort.ipynb #1a69e569
 COLUMNS = {  # column: what an image that lacks it gets
     "path": None, "frame": 0, "slice_id": None, "patient": None, "patient_from": None, "study": None, "series": None,
     "position_mm": nan, "rows": 0, "cols": 0, "row_mm": nan, "col_mm": nan, "thickness_mm": nan, "tilt_deg": nan,
     "manufacturer": None, "kernel": None, "photometric": None, "transfer_syntax": None, "problem": None,
     "instance": None, "person": None, "folder": None, "tilt_tag_deg": nan, "padding": nan, "lossy": False,
-    "contrast": None,
+    "contrast": None, "in_series": nan,
 }
 
 # %% ../nbs/00_cohort.ipynb #1f570f93
@@ -259,7 +260,18 @@ def _image_rows(
     return [image | _frame(header, frame, _slice_id(path) + (f"#{frame}" if frames > 1 else ""), syntax, problem, missing)
             for frame in range(frames)]
 
-# %% ../nbs/00_cohort.ipynb #0364e346
+# %% ../nbs/00_cohort.ipynb #f1545e20
+def _jpeg_row(
+    path: str,
+) -> dict:
+    "The row of a JPEG: a slice in three windows, or why it is none."
+    rows, cols, problem = windowed.looked_at(path)
+    place = windowed.place(path)
+    if place is None: return dict(path=path, slice_id=_slice_id(path), problem=f"not DICOM: a JPEG outside the layout {windowed.LAYOUT}")
+    return dict(path=path, slice_id=place.instance, instance=place.instance, patient=place.study, patient_from="StudyInstanceUID",
+                study=place.study, series=place.series, in_series=place.number, rows=rows, cols=cols, lossy=True, problem=problem)
+
+# %% ../nbs/00_cohort.ipynb #66ec10cf
 def _rows(
     path: str,
 ) -> list[dict]:
@@ -272,6 +284,7 @@ def _rows(
                 start = file.read(132)
                 file.seek(0)
                 if is_dicom(start): return _image_rows(file, path)
+            if start and windowed.is_windowed(path): return [_jpeg_row(path)]
             problem = "not DICOM: no DICOM marker at its start" if start else "empty file: 0 bytes"
             if path.lower().endswith(".zip") and start: problem = "not DICOM: a zip among other files is not opened; give it by itself"
     except Exception as error:  # a hostile file can fail anywhere in the parser; the reason is recorded
@@ -287,8 +300,8 @@ def _chunk_rows(
         warnings.simplefilter("ignore")
         return [row for path in paths for row in _rows(path)]
 
-# %% ../nbs/00_cohort.ipynb #9ef017bf
-ORDER = ["patient", "study", "series", "position_mm", "slice_id", "path", "frame"]
+# %% ../nbs/00_cohort.ipynb #01e5fdf1
+ORDER = ["patient", "study", "series", "position_mm", "in_series", "slice_id", "path", "frame"]
 
 
 def _ordered(
@@ -404,9 +417,9 @@ def _measures(
         missing=missing_slices(placed), repeated=len(placed) - places, unplaced=len(positions_mm) - len(placed),
         thickness_mm=tuple(np.unique(known.round(2)).tolist()), geometries=len(set(shapes)), lossy=bool(lossy.any()))
 
-# %% ../nbs/00_cohort.ipynb #2e1e150f
+# %% ../nbs/00_cohort.ipynb #6a0a029f
 SHARED = ["patient", "study", "series", "tilt_deg", "tilt_tag_deg", "rows", "cols", "row_mm", "col_mm", "kernel", "manufacturer",
-          "photometric", "padding", "path"]  # taken from the first image of a series
+          "photometric", "padding", "in_series", "path"]  # taken from the first image of a series
 
 
 def series(
@@ -440,24 +453,34 @@ def _csv_text(
     if not text.strip(): raise ValueError(f"{csv} is empty: expected the columns ID and Label")
     return text
 
-# %% ../nbs/00_cohort.ipynb #cd1c94bc
+# %% ../nbs/00_cohort.ipynb #b3072eff
+STUDY = ("studyinstanceuid", "study")  # what the column of a study may be called, the better name first
+COMPETITION = {  # kaggle.com/competitions/rsna-str-pulmonary-embolism-detection, train.csv: what is read of its 17 columns
+    "ID": "SOPInstanceUID", "Label": "pe_present_on_image", "Study": "StudyInstanceUID", "negative": "negative_exam_for_pe",
+    "indeterminate": "indeterminate",
+}
+PARTS = ("ID", "Label", "PatientID", *list(COMPETITION)[2:])  # of a row of labels
+
+
 def _columns(
     header: list[str],
     csv: Path,
-) -> dict[str, int]:  # "ID", "Label" and perhaps "PatientID": their places
+) -> dict[str, int]:  # of `PARTS` those that the file has: their places
     "Which columns hold what. Other columns are allowed and not read."
     names = [name.strip().casefold() for name in header]
+    if {COMPETITION[part].casefold() for part in ("ID", "Label", "Study")} <= set(names):
+        return {part: names.index(name.casefold()) for part, name in COMPETITION.items() if name.casefold() in names}
     if "id" not in names and names.count("") == 1 and set(names) <= {"", "label", "patientid"}: names[names.index("")] = "id"
     found = {name: names.index(name.casefold()) for name in ("ID", "Label", "PatientID") if names.count(name.casefold()) == 1}
-    if not {"ID", "Label"} <= set(found):
-        raise ValueError(f"{csv}: found the columns {', '.join(map(repr, header))}; "
-                         "expected ID and Label once each, and optionally PatientID")
-    return found
+    if "id" not in names: found |= dict([("Study", names.index(name)) for name in STUDY if names.count(name) == 1][:1])
+    if "Label" in found and ("ID" in found or ("id" not in names and {"PatientID", "Study"} & set(found))): return found
+    raise ValueError(f"{csv}: found the columns {', '.join(map(repr, header))}; expected ID and Label once each, and optionally PatientID; "
+                     "or PatientID or StudyInstanceUID, and Label, for labels of whole patients or studies")
 
-# %% ../nbs/00_cohort.ipynb #20c708ad
+# %% ../nbs/00_cohort.ipynb #f76d8e24
 def _cells(
     csv: Path,
-) -> Iterator[tuple[int, str, str, str]]:  # line, ID, Label, PatientID
+) -> Iterator[tuple[int, str | None, ...]]:  # line, then `PARTS`; None for a part without a column
     "The rows of a label file, trimmed; blank lines are passed over."
     text = _csv_text(csv)
     lines = csv_reader(text.splitlines(), delimiter=max(",;\t", key=text.lstrip().splitlines()[0].count))
@@ -469,30 +492,61 @@ def _cells(
             raise ValueError(f"{csv}, line {lines.line_num}: {len(row)} cells under {len(header)} columns; "
                              "quote values that hold a separator")
         row += [""] * (len(header) - len(row))
-        yield lines.line_num, *(row[places[name]].strip() if name in places else "" for name in ("ID", "Label", "PatientID"))
+        yield lines.line_num, *(row[places[name]].strip() if name in places else None for name in PARTS)
 
-# %% ../nbs/00_cohort.ipynb #7ad53ed3
+# %% ../nbs/00_cohort.ipynb #f769fca1
 LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
 EMPTY = {"", "na", "nan", "null"}  # what a spreadsheet or pandas leaves in an empty cell
 
 
+def _binary(
+    rows: pd.DataFrame,  # from `_cells`
+    part: str,  # one of its columns
+    name: str,  # what the file calls it
+    csv: Path,
+) -> pd.Series:  # Int64, NA where the cell is empty
+    "A column of zeros and ones."
+    text = rows[part].str.casefold()
+    if len(odd := rows[~text.isin(LABELS.keys() | EMPTY)]):
+        values = ", ".join(f"{value!r} on line {line}" for value, line in zip(odd[part].head(5), odd["line"], strict=False))
+        raise ValueError(f"{csv}: {name} must be 0 or 1; found {values}{' ...' if len(odd) > 5 else ''}")
+    return text.map(LABELS).astype("Int64")
+
+# %% ../nbs/00_cohort.ipynb #e0dce79d
+def _doubts(
+    rows: pd.DataFrame,  # line, label (Int64), Study, negative and indeterminate as text
+    csv: Path,
+) -> list[str | None]:
+    "Why the exam of a row of the challenge cannot be used, if it cannot."
+    told = {part: _binary(rows, part, COMPETITION[part], csv).fillna(0) if rows[part].notna().any() else pd.Series(0, rows.index)
+            for part in ("negative", "indeterminate")}
+    against = rows[(rows["label"] == 1) & (told["negative"] == 1)].drop_duplicates("Study").set_index("Study")["line"]
+    unsure = set(rows["Study"][told["indeterminate"] == 1])
+    why = {study: f"contradictory study: {csv.name} line {line}, an embolism on an image of a negative exam"
+           for study, line in against.items()}
+    why |= {study: f"indeterminate study: {csv.name} calls {study} neither positive nor negative" for study in unsure}
+    return [why.get(study) for study in rows["Study"]]
+
+# %% ../nbs/00_cohort.ipynb #0ebebf1a
 def read_labels(
     csv: str | Path,
-) -> pd.DataFrame:  # line, ID (without .dcm), label (0, 1 or NA where the cell is empty), PatientID (None where not given)
+) -> pd.DataFrame:  # line, ID (without suffix), label (0, 1 or NA), PatientID, Study, weak (bool), doubt (text); None for nothing
     "The rows of a label file, checked."
     csv = Path(csv)
-    rows = pd.DataFrame(_cells(csv), columns=["line", "ID", "label", "PatientID"], dtype=object)
+    rows = pd.DataFrame(_cells(csv), columns=["line", "ID", "label", *PARTS[2:]], dtype=object)
     if rows.empty: raise ValueError(f"{csv} holds no labels, only a header")
-    if (lost := rows["line"][rows["ID"] == ""]).any(): raise ValueError(f"{csv}: no ID on line {', '.join(map(str, lost[:5]))}")
-    text = rows["label"].str.casefold()
-    if len(odd := rows[~text.isin(LABELS.keys() | EMPTY)]):
-        values = ", ".join(f"{row.label!r} on line {row.line}" for row in odd.head(5).itertuples())
-        raise ValueError(f"{csv}: Label must be 0 or 1; found {values}{' ...' if len(odd) > 5 else ''}")
-    return rows.assign(ID=rows["ID"].str.replace("\\", "/").str.replace(r"(?i)\.dcm$", "", regex=True), line=rows["line"].astype(int),
-                       label=pd.array([LABELS.get(value) for value in text], dtype="Int64"),
-                       PatientID=pd.Series([value or None for value in rows["PatientID"]], dtype=object))
+    weak, challenge = rows["ID"].isna().all(), not rows["ID"].isna().all() and rows["Study"].notna().all()
+    keys = ["PatientID", "Study"] if weak else ["ID"]
+    if (lost := rows["line"][~rows[keys].fillna("").astype(bool).any(axis=1)]).any():
+        what = "PatientID or StudyInstanceUID" if weak else COMPETITION["ID"] if challenge else "ID"
+        raise ValueError(f"{csv}: no {what} on line {', '.join(map(str, lost[:5]))}")
+    rows["label"] = _binary(rows, "label", COMPETITION["Label"] if challenge else "Label", csv)
+    doubt = pd.Series(_doubts(rows, csv) if challenge else None, rows.index, dtype=object)
+    names = rows["ID"] if weak else rows["ID"].str.replace("\\", "/").str.replace(r"(?i)\.(dcm|jpe?g)$", "", regex=True)
+    given = {part: pd.Series([value or None for value in rows[part]], dtype=object) for part in ("PatientID", "Study")}
+    return rows.assign(line=rows["line"].astype(int), ID=names, **given, weak=weak, doubt=doubt).drop(columns=["negative", "indeterminate"])
 
-# %% ../nbs/00_cohort.ipynb #178b7a39
+# %% ../nbs/00_cohort.ipynb #3832eb3f
 def _match(
     table: pd.DataFrame,  # from `scan`
     labels: pd.DataFrame,  # from `read_labels`
@@ -501,6 +555,7 @@ def _match(
     "Find the image that each label names."
     by_name: dict[str, list[int]] = {}
     for row, name in enumerate(table["slice_id"]): by_name.setdefault(name, []).append(row)
+    by_instance = table["instance"].reset_index(drop=True).groupby(table["instance"].to_numpy()).groups
     beside = kind(table["problem"]).isin(["not DICOM", "hidden folder", "browser duplicate"]).tolist()
     folders = [frozenset(Path(folder).parts) for folder in table["folder"]]
     distinct = labels.drop_duplicates(["ID", "PatientID"])
@@ -508,7 +563,7 @@ def _match(
     matches = []
     for label in labels.itertuples():
         *path, name = label.ID.split("/")
-        owner, found = (path[-1] if path else label.PatientID), by_name.get(name, [])
+        owner, found = (path[-1] if path else label.PatientID), by_name.get(name) or list(by_instance.get(name, []))
         agreeing = [row for row in found if owner is not None and (owner in folders[row] or owner == table["patient"][row])]
         if agreeing: found = agreeing
         elif path or label.ID in repeated: found = []
@@ -519,6 +574,45 @@ def _match(
                              "Add a PatientID column, or write each ID as folder/ID")
         matches.append(found[0] if found else None)
     return matches
+
+# %% ../nbs/00_cohort.ipynb #e1ef2dd1
+def _units(
+    table: pd.DataFrame,  # from `scan`
+    labels: pd.DataFrame,  # from `read_labels`, weak
+) -> list[tuple[int, ...] | None]:  # for each label, the rows of its images
+    "Find the images that each weak label means."
+    sound = table[table["problem"].isna()]
+    by_study, by_patient = (sound.index.to_series().groupby(sound[name].to_numpy()).groups for name in ("study", "patient"))
+    by_folder: dict[str, list[int]] = {}
+    if not set(labels["PatientID"].dropna()) <= set(by_patient):
+        for row, folder in sound["folder"].items():
+            for part in Path(folder).parts: by_folder.setdefault(part, []).append(row)
+    units = []
+    for study, patient in zip(labels["Study"], labels["PatientID"], strict=True):
+        found = by_study.get(study, ()) if study else by_patient[patient] if patient in by_patient else by_folder.get(patient, ())
+        units.append(tuple(found) or None)
+    return units
+
+# %% ../nbs/00_cohort.ipynb #d82fffbe
+def _spread(
+    table: pd.DataFrame,  # from `scan`
+    labels: pd.DataFrame,  # from `read_labels`, weak
+    csv: Path,
+) -> pd.DataFrame:  # with `row` and `problem`: a label for each image, and each label that names none or has been given before
+    "Weak labels as labels of images."
+    labels = labels.assign(row=(units := _units(table, labels)))
+    if labels["row"].isna().all():
+        names = labels["Study"].fillna(labels["PatientID"])
+        raise ValueError(f"{csv}: none of its {len(labels)} rows names the patient or study of an image. "
+                         f"It has {', '.join(names[:3])} ...; the images are of {', '.join(table['patient'].dropna().unique()[:3])} ...")
+    labels["problem"] = pd.Series(_label_problems(labels, units, csv.name), dtype=object)
+    used, spare = labels[labels["problem"].isna()].explode("row"), labels[labels["problem"].notna()]
+    if (twice := used["row"].duplicated()).any():
+        second = used[twice].iloc[0]
+        first = used[used["row"] == second["row"]].iloc[0]
+        raise ValueError(f"{csv}: lines {first['line']} and {second['line']} label the same image, {table['path'][second['row']]}: "
+                         "name each patient or each study once")
+    return pd.concat([used, spare], ignore_index=True)
 
 # %% ../nbs/00_cohort.ipynb #4c3f9dbb
 def _browser_duplicates(
@@ -550,7 +644,7 @@ def _label_problems(
         else: problems.append(f"conflicting label: {name} line {line} says {value}, line {lead_line} says {lead}")
     return problems
 
-# %% ../nbs/00_cohort.ipynb #75d98a62
+# %% ../nbs/00_cohort.ipynb #a178bead
 def _with_owners(
     table: pd.DataFrame,
     owners: pd.Series,  # PatientID of the label file, by row of `table`
@@ -568,11 +662,11 @@ def _label_rows(
     labels: pd.DataFrame,  # from `read_labels`, those with a problem
 ) -> pd.DataFrame:
     "Labels that could not be used, as rows of a cohort without a path."
-    given = labels["PatientID"].notna()
-    return pd.DataFrame(dict(frame=0, slice_id=labels["ID"], rows=0, cols=0, lossy=False, problem=labels["problem"], label=labels["label"],
-                             patient=labels["PatientID"], patient_from=np.where(given, "labels", None)))
+    given, name = labels["PatientID"].notna(), labels["ID"].fillna(labels["Study"]).fillna(labels["PatientID"])
+    return pd.DataFrame(dict(frame=0, slice_id=name, rows=0, cols=0, lossy=False, problem=labels["problem"], label=labels["label"],
+                             weak=labels["weak"], patient=labels["PatientID"], patient_from=np.where(given, "labels", None)))
 
-# %% ../nbs/00_cohort.ipynb #a562e1d5
+# %% ../nbs/00_cohort.ipynb #78a68ed2
 def _write_clean(
     joined: pd.DataFrame,
     path: Path,
@@ -585,32 +679,47 @@ def _write_clean(
 
 def clean_labels(
     joined: pd.DataFrame,  # from `join_labels`
-) -> pd.DataFrame:  # ID, Label and, where the labels named patients, PatientID
+) -> pd.DataFrame:  # ID, Label and, where the labels named patients, PatientID; of weak labels, those of the patients or studies
     "The labels of the usable images; joining them again gives the same."
     usable = joined[joined["problem"].isna() & joined["label"].notna()]
     owned = (usable["patient_from"] == "labels").any()
+    if usable["weak"].any():
+        named = usable["patient"].where(usable["patient_from"] == "labels", None)
+        whose = {"PatientID": named, "StudyInstanceUID": usable["study"], "Label": usable["label"]}
+        return pd.DataFrame(whose).dropna(axis=1, how="all").drop_duplicates(ignore_index=True)
     folder_first = [f"{Path(folder).name}/{name}" for folder, name in zip(usable["folder"], usable["slice_id"], strict=True)]
     names = usable["slice_id"].where(~usable["slice_id"].duplicated(keep=False), folder_first)
     table = pd.DataFrame({"ID": names, "Label": usable["label"]})
     return table.assign(PatientID=usable["patient"]) if owned else table
 
-# %% ../nbs/00_cohort.ipynb #7ecb9bb4
-def join_labels(
-    slices: pd.DataFrame,  # from `scan`
-    csv: str | Path,  # columns ID and Label, optionally PatientID
-    write_clean: str | Path | None = None,  # where to write the labels of the usable images
-) -> pd.DataFrame:  # every row of `slices` with `label` (Int64), and a row for each label that could not be used
-    "Add labels to a cohort. An image may be used where `problem` is empty and `label` is not."
-    labels, csv, table = read_labels(csv), Path(csv), slices.reset_index(drop=True)
-    twin = _browser_duplicates(table)
-    table["problem"] = table["problem"].where(table["problem"].notna() | twin.isna(), "browser duplicate: of " + twin)
+# %% ../nbs/00_cohort.ipynb #b4cce289
+def _matched(
+    table: pd.DataFrame,  # from `scan`
+    labels: pd.DataFrame,  # from `read_labels`
+    csv: Path,
+) -> pd.DataFrame:  # with `row`, and `problem` where a label names no image or one that has been labelled before
+    "Labels of images, each with its image."
     labels["row"] = matches = _match(table, labels, csv)
     if labels["row"].isna().all():
         raise ValueError(f"{csv}: none of its {len(labels)} IDs names an image. It has {', '.join(labels['ID'][:3])} ...; "
                          f"the files are {', '.join(table['slice_id'][:3])} ...")
-    labels["problem"] = pd.Series(_label_problems(labels, matches, csv.name), dtype=object)
+    return labels.assign(problem=pd.Series(_label_problems(labels, matches, csv.name), dtype=object))
+
+
+def join_labels(
+    slices: pd.DataFrame,  # from `scan`
+    csv: str | Path,  # columns ID and Label, optionally PatientID; PatientID or StudyInstanceUID, and Label; or the challenge's 17
+    write_clean: str | Path | None = None,  # where to write the labels of the usable images
+) -> pd.DataFrame:  # every row of `slices` with `label` (Int64) and `weak` (bool), and a row for each label that could not be used
+    "Add labels to a cohort. An image may be used where `problem` is empty and `label` is not."
+    labels, csv, table = read_labels(csv), Path(csv), slices.reset_index(drop=True)
+    twin = _browser_duplicates(table)
+    table["problem"] = table["problem"].where(table["problem"].notna() | twin.isna(), "browser duplicate: of " + twin)
+    labels = _spread(table, labels, csv) if labels["weak"].all() else _matched(table, labels, csv)
     used, spare = labels[labels["problem"].isna()].set_index("row"), labels[labels["problem"].notna()]
     table["label"] = used["label"].reindex(table.index).astype("Int64")
+    table["weak"] = used["weak"].reindex(table.index, fill_value=False).astype(bool)
+    table["problem"] = table["problem"].where(table["problem"].notna(), used["doubt"].reindex(table.index))
     unlabelled = pd.Series(f"no label: not in {csv.name}", index=table.index)
     unlabelled[used.index[used["label"].isna()]] = f"empty label: in {csv.name}"
     table["problem"] = table["problem"].where(table["problem"].notna() | table["label"].notna(), unlabelled)
@@ -619,7 +728,7 @@ def join_labels(
     if write_clean is not None: _write_clean(joined, Path(write_clean), csv)
     return joined
 
-# %% ../nbs/00_cohort.ipynb #048afe8c
+# %% ../nbs/00_cohort.ipynb #c4d9a781
 def usable(
     table: pd.DataFrame,  # from `join_labels`
 ) -> pd.DataFrame:  # the rows that can be learnt from; label is int, 0 or 1
@@ -637,6 +746,7 @@ def checks(
     told = ["label", "position_mm", "row_mm", "thickness_mm", "kernel", "manufacturer"]
     return {
         "rows": len(table), "files": int(table["path"].nunique()), "images": len(shown), "usable": len(rows),
+        "weak": int(rows["weak"].sum()) if "weak" in rows else 0,
         "patients": int(rows["patient"].nunique()), "negative": int((rows["label"] == 0).sum()), "positive": int(rows["label"].sum()),
         "patient_from": rows["patient_from"].value_counts().to_dict(),
         "missing": {column: int(shown[column].isna().sum()) for column in told},
@@ -645,10 +755,11 @@ def checks(
         "problems": {what: int(n) for what, n in kind(table["problem"]).value_counts().items()},
     }
 
-# %% ../nbs/00_cohort.ipynb #6efd897e
+# %% ../nbs/00_cohort.ipynb #e74fd880
 Finding = tuple[str, str, str, str | None]  # severity, code, what, path
 NOT_A_SLICE = {"not DICOM", "not CT", "not an image", "secondary capture", "localizer", "hidden folder", "browser duplicate",
                "duplicate label"}
+CONTRADICTIONS = {"conflicting label", "contradictory study"}
 
 
 def _problem_findings(
@@ -657,10 +768,10 @@ def _problem_findings(
     "Every row that was set aside."
     aside = slices[slices["problem"].notna()]
     for what, reason, path, name in zip(kind(aside["problem"]), aside["problem"], aside["path"], aside["slice_id"], strict=True):
-        severity = "error" if what == "conflicting label" else "info" if what in NOT_A_SLICE else "warning"
+        severity = "error" if what in CONTRADICTIONS else "info" if what in NOT_A_SLICE else "warning"
         yield severity, what.lower().replace(" ", "-"), f"{name}: {reason}", path
 
-# %% ../nbs/00_cohort.ipynb #fff310e7
+# %% ../nbs/00_cohort.ipynb #2e456b9b
 TILT_DEG = 0.5  # a smaller angle shears a head by less than a pixel between slices
 TAG_DEG = 1.0  # how far the nominal tilt may be from the orientation
 
@@ -669,6 +780,10 @@ def _stack_findings(
     stack,  # a row of `series`
 ) -> Iterator[Finding]:
     "What is odd about how the slices of one series lie."
+    if stack.in_series >= 0:
+        what = f"{stack.n} JPEG of three windows: HU are approximate and end at 450, no geometry, ordered by number"
+        yield "info", "windowed", what, stack.path
+        return
     n, tilt, tag = stack.n, stack.tilt_deg, abs(stack.tilt_tag_deg)
     spacing = [f"{gap:g}" for gap in stack.spacings_mm] or ["no"]
     checks = [
@@ -683,11 +798,12 @@ def _stack_findings(
     ]
     yield from ((severity, code, what, stack.path) for true, severity, code, what in checks if true)
 
-# %% ../nbs/00_cohort.ipynb #eba6a130
+# %% ../nbs/00_cohort.ipynb #89ec6db1
 def _pixel_findings(
     stack,  # a row of `series`
 ) -> Iterator[Finding]:
     "What is odd about the pixels of one series."
+    if stack.in_series >= 0: return  # the finding "windowed" has said it
     thickness = ", ".join(f"{value:g}" for value in stack.thickness_mm)
     checks = [
         (len(stack.thickness_mm) > 1, "info", "mixed-thickness", f"slice thickness {thickness} mm"),
@@ -733,7 +849,7 @@ def _patient_findings(
     for name, n, path in _grouped(used, "study", "patient"):
         yield "error", "study-shared", f"study {name} is spread over {n} patients: a split by patient would not separate it", path
 
-# %% ../nbs/00_cohort.ipynb #e617ec63
+# %% ../nbs/00_cohort.ipynb #e0baf055
 def _folder_findings(
     slices: pd.DataFrame,
 ) -> Iterator[Finding]:
@@ -759,6 +875,8 @@ def _label_findings(
     used = slices[slices["problem"].isna() & slices["label"].notna()]
     if used["label"].nunique() < 2:
         yield "error", "one-class", f"{len(used)} usable labels, all of one class: nothing can be learnt", None
+    if "weak" in used and (n := int(used["weak"].sum())):
+        yield "warning", "weak-label", f"{n} images carry the label of their patient or study: a positive one need not show a lesion", None
     if "header_patient" not in used: return
     for name, n, path in _grouped(used, "header_patient", "patient"):
         what = f"patient {name} of the headers is {n} patients in the label file: training and test may share a head"
@@ -792,7 +910,7 @@ def _lines(
     lines = ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
     return "\n".join(lines + ([f"... and {len(table) - limit:,} more"] if len(table) > limit else []))
 
-# %% ../nbs/00_cohort.ipynb #7d10584c
+# %% ../nbs/00_cohort.ipynb #92898f42
 def _many(
     n: int,
     noun: str,
@@ -814,6 +932,7 @@ def _files_text(
     if "label" in slices:
         usable = slices["label"][slices["problem"].isna()].value_counts()
         text += f"\nlabels of usable images: {usable.get(0, 0):,} negative, {usable.get(1, 0):,} positive"
+        if "weak" in slices and slices["weak"].any(): text += ", weak: each that of its patient or study"
     return text + ("\n\n" + _lines(counts, len(counts)) if len(counts) else "")
 
 # %% ../nbs/00_cohort.ipynb #e490db35

@@ -268,7 +268,7 @@ def series_images(
     wanted = images["series"].mode()[0] if series is None else series
     stack = images[images["series"] == wanted]
     if stack.empty: raise ValueError(f"no image of series {series}: take one from the column series, such as {images['series'].iloc[0]}")
-    return stack.sort_values(["position_mm", "slice_id", "frame"])
+    return stack.sort_values(["position_mm", "in_series", "slice_id", "frame"])
 
 
 def view_series(
@@ -280,6 +280,7 @@ def view_series(
     "Look through a series; its middle slice where there is no live kernel."
     stack = series_images(table, series)
     spacing = stack[["row_mm", "col_mm"]].iloc[0]
-    titles = [f"{row.slice_id}\n{row.position_mm:.1f} mm" for row in stack.itertuples()]
+    place = stack.position_mm.map("{:.1f} mm".format).where(stack.position_mm.notna(), stack.in_series.map("number {:g}".format))
+    titles = (stack.slice_id + "\n" + place).tolist()
     slices = [read_hu(row.path, row.frame) for row in stack.itertuples()]
     viewer.view(slices, level, width, titles, tuple(spacing) if spacing.notna().all() else None)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHARPNESS', 'POOLING', 'RANGES', 'MOST_VALUES', 'MOST_GROUPS', 'NOT_GIVEN', 'FEW_PATIENTS', 'BY_GROUP', 'FIGURES',
-           'checked', 'steps', 'ranking', 'sensitivity_at', 'at_threshold', 'resampled', 'bootstrap', 'interval',
-           'rarer_class', 'proportion', 'score', 'delong', 'area_interval', 'compare', 'far_side', 'pool',
+           'checked', 'steps', 'ranking', 'sensitivity_at', 'at_threshold', 'always_positive', 'resampled', 'bootstrap',
+           'interval', 'rarer_class', 'proportion', 'score', 'delong', 'area_interval', 'compare', 'far_side', 'pool',
            'pooling_table', 'group_names', 'by_group', 'plot_groups']
 
 # %% ../nbs/07_evaluate.ipynb #3f08d428
@@ -101,6 +101,17 @@ def at_threshold(
         return {"sensitivity": sens, "specificity": spec, "ppv": tp / (tp + fp), "npv": tn / (tn + fn),
                 "f1": 2 * tp / (2 * tp + fp + fn), "f2": 5 * tp / (5 * tp + fp + 4 * fn), "balanced_accuracy": (sens + spec) / 2}
 
+# %% ../nbs/07_evaluate.ipynb #a5eeac74
+def always_positive(
+    label: np.ndarray,  # bool[n]
+    called: np.ndarray,  # bool[n], scored at or above the threshold
+    weights: np.ndarray,  # float[b, n]
+) -> dict[str, np.ndarray]:  # each float[b]; NaN where F1 is not defined
+    "The F1 of calling everyone positive, and how far F1 is above it, under each row of weights."
+    positives = weights @ label
+    trivial = 2 * positives / (positives + weights.sum(1))
+    return {"f1_all_positive": trivial, "f1_gain": at_threshold(label, called, weights)["f1"] - trivial}
+
 # %% ../nbs/07_evaluate.ipynb #afa23156
 def resampled(
     figures: Callable[[np.ndarray], dict[str, np.ndarray]],  # weights float[b, n] -> figures, each float[b]
@@ -192,7 +203,7 @@ def _effective(x, n, estimate):
     few = 1 if total == patients else (t.ppf(0.975, total - 1) / t.ppf(0.975, patients - 1)) ** 2
     return np.clip(total / design * few, 1, total)
 
-# %% ../nbs/07_evaluate.ipynb #bd0155fc
+# %% ../nbs/07_evaluate.ipynb #93efd952
 def score(
     y: np.ndarray,  # 0 or 1, one for each slice
     p: np.ndarray,  # score of each slice
@@ -214,7 +225,8 @@ def score(
 
 def _figures(y, p, threshold, weights):
     auroc, average = ranking(y, p, weights)
-    return {"roc_auc": auroc, "auprc": average} | (at_threshold(y, p >= threshold, weights) if threshold is not None else {})
+    ranked, called = {"roc_auc": auroc, "auprc": average}, p >= (np.inf if threshold is None else threshold)
+    return ranked if threshold is None else ranked | at_threshold(y, called, weights) | always_positive(y, called, weights)
 
 # %% ../nbs/07_evaluate.ipynb #74863d39
 def delong(

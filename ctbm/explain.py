@@ -36,7 +36,7 @@ from torchvision.transforms.v2 import InterpolationMode, functional
 from . import bags, evaluate, learning, models, runs, viewer
 from .bundle import ARGUMENTS, WEIGHTS, Bundle, fold_networks, rebuilt
 from .evaluate import POOLING
-from .pack import pixels, spacing_mm
+from .pack import shown, spacing_mm
 from .page import BLUE, RED, WIDE, Figure, Section, Table, Text, interval, number, page, svg
 from .patient import answer, patient_scores
 from ctbm.preprocess import (
@@ -293,7 +293,7 @@ def seen(
 ) -> np.ndarray:  # uint8[n, c, s, s]
     "Slices as the network gets them, from their files."
     shape = (len(preprocess.windows), preprocess.size, preprocess.size)
-    found = [pixels(read_hu(row.path, row.frame), row, preprocess) for row in slices.itertuples()]
+    found = [shown(read_hu(row.path, row.frame), row, preprocess) for row in slices.itertuples()]
     return np.stack(found) if found else np.zeros((0, *shape), np.uint8)
 
 
@@ -608,6 +608,7 @@ def found_slices(
         test[WHOLE] = test.patient.map(scores)
         scores = pd.read_csv(run / "test_slices.csv", dtype={"id": str}).drop_duplicates("id").set_index("id").score
     test["score"] = test.slice_id.map(scores)
+    test = test[test.score.notna()].reset_index(drop=True)  # where slices are chosen, the others have none
     if data_root is not None:
         test["path"] = [str(root / Path(path).relative_to(was)) if Path(path).is_relative_to(was) else path for path in test.path]
     missing = [path for path in test.path if not Path(path).is_file()]

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['GRAPHS', 'PARITY', 'USE', 'ABOUT', 'BATCH', 'FILES', 'CALIBRATION', 'QUANTISED', 'ENGINES', 'FASTER', 'NOTICEABLE',
            'HOPELESS', 'WORTH_PROCESSES', 'GONE', 'FORMATS', 'SliceGraph', 'BagGraph', 'shape', 'traced', 'quiet',
-           'heads', 'parity', 'about', 'to_torch', 'whole', 'from_torch', 'extra', 'to_onnx', 'session', 'from_onnx',
-           'to_int8', 'Batches', 'folded', 'in_bf16', 'through_onnx', 'through_int8', 'engine', 'timed', 'lost',
-           'answers', 'samples', 'remark', 'measure', 'run_slices', 'packed', 'packed_slice', 'evidence', 'told',
-           'write', 'describe']
+           'heads', 'parity', 'about', 'choice', 'to_torch', 'whole', 'from_torch', 'extra', 'to_onnx', 'session',
+           'from_onnx', 'to_int8', 'Batches', 'folded', 'in_bf16', 'through_onnx', 'through_int8', 'engine', 'timed',
+           'lost', 'answers', 'samples', 'remark', 'measure', 'run_slices', 'packed', 'packed_slice', 'evidence',
+           'told', 'write', 'describe']
 
-# %% ../nbs/09a_export.ipynb #f06e1596
+# %% ../nbs/09a_export.ipynb #9b11d7fa
 import json
 import logging
 import os
@@ -40,7 +40,7 @@ from torch.nn import BatchNorm2d, Conv2d, Identity, Module, Sequential
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from . import bundle as bundles
-from . import bags, evaluate, learning, models, pack, patient, phantom, runs
+from . import bags, choosing, evaluate, learning, models, pack, patient, phantom, runs
 from .bundle import Bundle
 from .datasets import TEST
 from .pooling import Sequence as GRUPool
@@ -147,7 +147,7 @@ def parity(
             worst.append(differences[0])
     return float(max(worst))
 
-# %% ../nbs/09a_export.ipynb #88134fac
+# %% ../nbs/09a_export.ipynb #ae8583f7
 USE = "research use only: not a medical device, not for diagnosis"
 
 
@@ -156,11 +156,20 @@ def about(
 ) -> dict[str, str]:  # texts, JSON where they have parts
     "What an exported file says of itself."
     points = {"slices": bundle.chosen.get("threshold"), "patients": (bundle.patients.get("operating_point") or {}).get("threshold")}
-    content = {"preprocess": bundle.model["preprocess"], "windows": bundle.preprocess.windows,
+    content = {"preprocess": bundle.model["preprocess"], "windows": bundle.preprocess.windows, "choose": choice(bundle),
                "thresholds": points, "pooling": bundle.patients.get("pooling"), "triage": bundle.triage,
                "calibration": {"slices": bundle.calibration, "patients": bundle.patients.get("calibration")}}
     text = {"use": USE, "run": bundle.name, "ctbm": bundle.version, "weights_sha256": bundle.sha256, "backbone": bundle.model["backbone"]}
     return text | {name: json.dumps(value, default=list) for name, value in content.items()}
+
+
+def choice(
+    bundle: Bundle,
+) -> dict[str, Any] | None:  # None where it takes all
+    "Which slices of a study are to be given to the network; to choose them is not in the file."
+    if (top_k := bundle.model.get("top_k")) is None: return None
+    by = "classifier" if bundle.model["selector"] else "area"
+    return {"slices_of_a_study": top_k, "by": by, "organ": bundle.preprocess.organ}
 
 # %% ../nbs/09a_export.ipynb #ba63d9f4
 ABOUT = "ctbm.json"  # inside a .pt2
@@ -401,7 +410,7 @@ def engine(
         return look(images)
     return checked
 
-# %% ../nbs/09a_export.ipynb #6bb04198
+# %% ../nbs/09a_export.ipynb #9a234445
 FASTER = 1.1  # times as many slices per second, from which an engine counts as faster
 NOTICEABLE = 0.01  # a change in AUROC
 HOPELESS = 0.5  # times as many slices per second, below which an engine is not asked for more than its speed
@@ -528,9 +537,9 @@ def packed(
 def packed_slice(row, preprocess: Preprocess) -> np.ndarray:
     if pack.file_hash(row.path) != row.sha:
         raise FileNotFoundError(f"{GONE} ({row.path} has changed)")
-    return pack.pixels(read_hu(row.path, row.frame), row, preprocess)
+    return pack.shown(read_hu(row.path, row.frame), row, preprocess)
 
-# %% ../nbs/09a_export.ipynb #3873b845
+# %% ../nbs/09a_export.ipynb #0fa071c8
 def evidence(
     run: Path,
     bundle: Bundle,
@@ -545,6 +554,7 @@ def evidence(
         test = bags.in_order(test) if bundle.model["kind"] == "bag" else test
         some = rest.sample(min(CALIBRATION, len(rest)) if int8 else 0, random_state=0)
         images = packed(pd.concat([test, some]), bundle.preprocess, jobs)
+        shown = choosing.chosen(bundle.network, images, test.assign(row=range(len(test))))
     except FileNotFoundError as error:
         if int8 or data_root is not None: raise
         told = str(error).partition(" (")[0]
@@ -552,8 +562,10 @@ def evidence(
     of_slices = run / "test_slices.csv"  # where samples are patients
     stored = pd.read_csv(of_slices if of_slices.is_file() else run / "test_predictions.csv", dtype={"id": str}).set_index("id")
     stored = stored.score if of_slices.is_file() else stored.prob
-    return {"images": images[: len(test)], "slices": f"the test set: {len(test)} slices of {test.patient.nunique()} patients",
-            "truth": test[["label", "patient"]], "stored": stored[test.slice_id].to_numpy(), "calibration": images[len(test) :]}
+    label = shown.patient_label if bundle.model["kind"] == "bag" and "patient_label" in shown else shown.label
+    return {"images": images[shown.row], "slices": f"the test set: {len(shown)} slices of {shown.patient.nunique()} patients",
+            "truth": shown.assign(label=label)[["label", "patient"]], "stored": stored[shown.slice_id].to_numpy(),
+            "calibration": images[len(test) :]}
 
 
 def told(

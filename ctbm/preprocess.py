@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['CT_CLASSES', 'LOSSY_JPEG', 'PLUGINS', 'JPEG_END', 'AIR_HU', 'WINDOWS', 'PURPOSES', 'GRID', 'TISSUE_HU', 'BONE_HU',
            'DEPTH', 'SQUARE', 'DISC', 'FITS', 'FARTHEST_MM', 'Z_RANGE', 'FLAT', 'CROPS', 'FLOORS', 'RESIZES', 'MASKS',
-           'INTENSITIES', 'Rescale', 'rescale', 'transfer_syntax', 'why_not_hu', 'Unreadable', 'stored_values',
-           'fill_padding', 'read_hu', 'Window', 'window', 'known', 'windows_figure', 'Box', 'bounding_box',
-           'published_mask', 'coarse_skull', 'skull_mask', 'skull_box', 'Placement', 'letterbox', 'NoSpacing',
-           'shape_at', 'placement', 'resize', 'moments', 'standardised', 'floored', 'crop_mask', 'crop_box', 'channels',
-           'Preprocess', 'plane_names', 'steps', 'examples_grid', 'stages_figure']
+           'INTENSITIES', 'ORGANS', 'Rescale', 'rescale', 'transfer_syntax', 'why_not_hu', 'Unreadable',
+           'stored_values', 'fill_padding', 'read_hu', 'Window', 'window', 'known', 'windows_figure', 'Box',
+           'bounding_box', 'published_mask', 'coarse_skull', 'skull_mask', 'skull_box', 'Placement', 'letterbox',
+           'NoSpacing', 'shape_at', 'placement', 'resize', 'moments', 'standardised', 'floored', 'crop_mask',
+           'crop_box', 'channels', 'Preprocess', 'plane_names', 'steps', 'examples_grid', 'stages_figure']
 
-# %% ../nbs/02_preprocess.ipynb #d40d9694
+# %% ../nbs/02_preprocess.ipynb #324f9806
 import os
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -37,6 +37,7 @@ from pydicom.uid import (
     SecondaryCaptureImageStorage,
 )
 
+from . import windowed
 from .brain import brain_mask
 
 # %% ../nbs/02_preprocess.ipynb #eb674399
@@ -139,12 +140,15 @@ def fill_padding(
         hu[(stored >= low) & (stored <= high)] = AIR_HU
     return np.maximum(hu, AIR_HU, out=hu)
 
-# %% ../nbs/02_preprocess.ipynb #6fe34a59
+# %% ../nbs/02_preprocess.ipynb #ba9cd80a
 def read_hu(
-    path:str|os.PathLike, # a DICOM file, with or without preamble and meta information
+    path:str|os.PathLike, # a DICOM file, with or without preamble and meta information; or a JPEG of three windows, see `windowed`
     frame:int=0, # which frame of a multi-frame image, counted from 0
 )->np.ndarray: # float32 [rows, cols] in HU, nowhere below `AIR_HU`
     "One CT image or frame in Hounsfield units; raises `Unreadable` when they cannot be known"
+    if windowed.is_windowed(path):
+        try: return windowed.read_hu(path)
+        except ValueError as error: raise Unreadable(path, str(error)) from error
     try:
         ds = dcmread(path, force=True)
         if reason := why_not_hu(ds, frame): raise Unreadable(path, reason)
@@ -403,9 +407,10 @@ def standardised(
                   for plane, (mean, deviation) in zip(planes, scales, strict=True)])
     return np.clip((z + Z_RANGE) / (2 * Z_RANGE), 0, 1).astype(np.float32)
 
-# %% ../nbs/02_preprocess.ipynb #d5431657
+# %% ../nbs/02_preprocess.ipynb #fd8fd62e
 CROPS, FLOORS, RESIZES = ("skull", "published", "none"), ("none", "published"), ("area", "bilinear")
 MASKS, INTENSITIES = ("none", "brain"), ("window", "zscore_brain", "zscore_slice")
+ORGANS = ("none", "brain", "lung") # what `lung.areas` can measure
 
 
 def floored(
@@ -451,7 +456,7 @@ def channels(
         plane[max(top, 0):max(top, 0) + seen.shape[0], max(left, 0):max(left, 0) + seen.shape[1]] = seen
     return np.minimum(out, 1, out=out) # averaging can round above 1
 
-# %% ../nbs/02_preprocess.ipynb #8b3fc8a7
+# %% ../nbs/02_preprocess.ipynb #fffdd548
 @dataclass(frozen=True)
 class Preprocess:
     "What is done to an HU image before a network sees it; call it on one"
@@ -465,9 +470,11 @@ class Preprocess:
     fit: str = "letterbox" # "letterbox": fill the square, keep proportions; "squeeze": lose them; "scale": `resample_mm` a pixel, cut, pad
     mask: str = "none" # "brain": what is not brain becomes black in every window, see `brain.brain_mask`
     intensity: str = "window" # "window": 0..1 in each; "zscore_brain": z-score over the brain; "zscore_slice": over the slice, air included
+    organ: str = "none" # "brain" or "lung": a pack measures its area in every slice; the pixels stay the same
 
     def __post_init__(self):
-        choices = {"crop": CROPS, "floor": FLOORS, "resize": RESIZES, "fit": FITS, "mask": MASKS, "intensity": INTENSITIES}
+        choices = {"crop": CROPS, "floor": FLOORS, "resize": RESIZES, "fit": FITS, "mask": MASKS, "intensity": INTENSITIES,
+                   "organ": ORGANS}
         for field, names in choices.items(): known(field, getattr(self, field), names)
         pairs = [WINDOWS[known("window", pair, WINDOWS)] if isinstance(pair, str) else pair for pair in self.windows]
         object.__setattr__(self, "windows", tuple((float(level), float(width)) for level, width in pairs))

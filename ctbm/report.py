@@ -8,18 +8,18 @@ __all__ = ['FILES', 'MAYBE', 'TOLD', 'UNSAID', 'TEXTS', 'LADDER', 'MEASURES', 'F
            'PROMISED', 'OUTCOMES', 'FROM_SLICES', 'BESIDE', 'FEW_SAID', 'PATHS', 'LEFT_OUT', 'FLAGS', 'SCALED', 'PARTS',
            'CLAIM_SOURCE', 'TRIPOD_SOURCE', 'COLOURS', 'load', 'evidence', 'samples', 'flow', 'parts', 'sizes',
            'joined', 'columns', 'characteristics', 'counted', 'plain', 'scored', 'operated', 'calibrated', 'patients',
-           'levels', 'numbers', 'shifted', 'grouped', 'limitations', 'more_limitations', 'triage_remarks', 'outside',
-           'shift_names', 'on_grid', 'plot_curve', 'plot_flow', 'flow_picture', 'plot_shift', 'plot_history',
-           'monitors', 'figures_table', 'summary', 'trained_on', 'split_text', 'verdicts', 'transfer', 'headers_text',
-           'canary', 'data', 'leaks', 'training', 'network_text', 'checkpoint_rows', 'pool_text', 'draw_text',
-           'sampling_text', 'image_text', 'augmentation_text', 'loss_text', 'batch_text', 'chooser', 'stage_text',
-           'body_text', 'weights_text', 'trains', 'discrimination', 'tradeoff', 'operating', 'calibrating', 'deciding',
-           'triage_blocks', 'pooling', 'pooling_rows', 'pool_of_bags', 'groups', 'few', 'group_rows', 'shift_rows',
-           'errors', 'limits', 'command', 'reproducing', 'found_in_files', 'facts', 'facts_of_data', 'windows_text',
-           'balance_text', 'facts_of_split', 'facts_of_result', 'pooled_text', 'training_text', 'arranged', 'sections',
-           'write', 'listed', 'shared', 'paired', 'versus', 'compared', 'pairs_table', 'named', 'side_by_side',
-           'differences', 'settings', 'unlike', 'comparison', 'scores_of', 'compared_section', 'pairs_said',
-           'plot_curves', 'plot_pairs', 'compare']
+           'levels', 'numbers', 'shifted', 'grouped', 'beside_everyone', 'limitations', 'more_limitations',
+           'triage_remarks', 'outside', 'shift_names', 'on_grid', 'plot_curve', 'plot_flow', 'flow_picture',
+           'plot_shift', 'plot_history', 'monitors', 'figures_table', 'summary', 'trained_on', 'split_text', 'verdicts',
+           'transfer', 'headers_text', 'canary', 'data', 'leaks', 'training', 'network_text', 'checkpoint_rows',
+           'pool_text', 'draw_text', 'sampling_text', 'image_text', 'augmentation_text', 'loss_text', 'batch_text',
+           'chooser', 'stage_text', 'body_text', 'weights_text', 'trains', 'discrimination', 'tradeoff', 'operating',
+           'calibrating', 'deciding', 'triage_blocks', 'pooling', 'pooling_rows', 'pool_of_bags', 'groups', 'few',
+           'group_rows', 'shift_rows', 'errors', 'limits', 'command', 'reproducing', 'found_in_files', 'facts',
+           'facts_of_data', 'windows_text', 'balance_text', 'facts_of_split', 'facts_of_result', 'pooled_text',
+           'training_text', 'arranged', 'sections', 'write', 'listed', 'shared', 'paired', 'versus', 'compared',
+           'pairs_table', 'named', 'side_by_side', 'differences', 'settings', 'unlike', 'comparison', 'scores_of',
+           'compared_section', 'pairs_said', 'plot_curves', 'plot_pairs', 'compare']
 
 # %% ../nbs/07a_report.ipynb #42cdbe40
 import hashlib
@@ -299,7 +299,22 @@ def grouped(e: SimpleNamespace, scores: DataFrame) -> DataFrame | None:
     table = columns(e, rows, least=2)
     return None if table.empty else evaluate.by_group(rows, table, e.chosen["threshold"])
 
-# %% ../nbs/07a_report.ipynb #fac66ede
+# %% ../nbs/07a_report.ipynb #a1a6da82
+def beside_everyone(
+    n: dict[str, Any],  # from `numbers`
+) -> DataFrame:  # index "slices" where they are scored, "patients"; columns all positive, judged ("better" or how not), said
+    "F1 in the test set beside that of calling everyone positive, which is better, and both in words."
+    rows = {}
+    for of in dict.fromkeys((n["unit"], "patients")):
+        f1, trivial, gain = (n[of]["figures"]["test"][k] for k in ("f1", "f1_all_positive", "f1_gain"))
+        unsure = "not clearly better" if gain["estimate"] > 0 else "no better"
+        judged = "better" if gain["low"] > 0 else "worse" if gain["high"] < 0 else unsure
+        said = (f"F1 of {of} is {interval(f1)}, that of calling every {of[:-1]} positive {number(trivial['estimate'])}, the first less the "
+                f"second {interval(gain)}: {judged}")
+        rows[of] = {"all positive": trivial["estimate"], "judged": judged, "said": said}
+    return DataFrame(rows.values(), index=list(rows))
+
+# %% ../nbs/07a_report.ipynb #04c236ae
 FEW = 30  # positive patients in a test set; with fewer, one patient more or less called right moves sensitivity by over 3 points
 BROAD = 0.15  # width of an interval of an AUROC that leaves good and poor models apart
 DROP = 0.05  # fall of the AUROC under a shift that is worth saying
@@ -311,6 +326,8 @@ def limitations(
 ) -> list[str]:
     "What a reader must know before the figures are used."
     test, area = n["flow"]["test"], n[n["unit"]]["figures"]["test"]["roc_auc"]
+    trivial = [f"The test F1 of {of} is {row.judged} than that of calling every {of[:-1]} positive ({number(row['all positive'])})."
+               for of, row in beside_everyone(n).iterrows() if row.judged != "better"]
     better, makers = n[n["unit"]]["against_baseline"].loc["roc_auc"], e.split.manufacturer.dropna().astype(str).unique()
     suspects, aside = [row["header"] for row in n["audit"]["headers"] if row["suspect"]], sum(n["flow"]["aside"].values())
     width = np.subtract(*(np.nan if area[end] is None else area[end] for end in ("high", "low")))
@@ -325,6 +342,7 @@ def limitations(
                                           f"fewer than {FEW} leave sensitivity wide open."),
         (width > BROAD, f"The interval of the test AUROC is {width:.2f} wide: good and middling models are not told apart."),
         (not better.low > 0, f"The test AUROC is not clearly above that of grey levels alone ({better.a:.3f})."),
+        *((True, text) for text in trivial),
         (guessed, f"The patient is not known for {sum(guessed.values())} slices and was taken from {', '.join(guessed)}: patients may be "
                   f"split without anyone noticing."),
         (aside > 0.1 * len(e.everything), f"{share(aside, len(e.everything))} of the rows were set aside: the rest may not be "
@@ -497,10 +515,11 @@ SAID = {  # what the sentences of both kinds of runs do not share
         "Label": "Patient label 0 or 1, positive where one of the slices is", "input": "all axial slices of a patient",
         "clusters": "each patient has one score", "delong": "DeLong"}}
 
-# %% ../nbs/07a_report.ipynb #271e3d3b
+# %% ../nbs/07a_report.ipynb #50f278f5
 FIGURES = {"roc_auc": "AUROC", "auprc": "average precision", "sensitivity": "sensitivity", "specificity": "specificity", "ppv": "PPV",
            "npv": "NPV",
-           "f1": "F1", "f2": "F2", "balanced_accuracy": "balanced accuracy"}
+           "f1": "F1", "f1_all_positive": "F1, all called positive", "f1_gain": "F1 less that", "f2": "F2",
+           "balanced_accuracy": "balanced accuracy"}
 
 
 def figures_table(
@@ -542,7 +561,7 @@ def split_text(n: dict[str, Any]) -> str:
     "The share of the patients on each side."
     return ", ".join(f"{100 * part['patients'] / n['flow']['patients']:.0f} % {side}" for side, part in n["flow"]["parts"].items())
 
-# %% ../nbs/07a_report.ipynb #c8c3c013
+# %% ../nbs/07a_report.ipynb #b6044269
 def verdicts(
     e: SimpleNamespace,
     n: dict[str, Any],
@@ -564,6 +583,7 @@ def verdicts(
         Text(f"Headers: the label can be predicted from {', '.join(suspects)} without looking at the image.", "bad")
         if suspects else headers_text(n["audit"]["headers"]),
         Text(f"Baseline: {ahead}.", "good" if better.low > 0 else "look"),
+        *(Text(f"Always positive: {row.said}.", "good" if row.judged == "better" else "look") for _, row in beside_everyone(n).iterrows()),
         Text(f"Calibration on the test set: {judged}; {said}.", "look" if off or vague else "good"),
         transfer(n)]
     return [*found, canary(n)]
@@ -822,17 +842,23 @@ def discrimination(e: SimpleNamespace, n: dict[str, Any]) -> Section:
         Figure(curves[1], f"Precision-recall curves with 95 % bands. {note} Dots mark the prevalence, which is what chance reaches.",
                "precision-recall curves")))
 
-# %% ../nbs/07a_report.ipynb #89cfbb34
-def tradeoff(ax: "Axes", table: DataFrame, threshold: float) -> None:
-    "The trade-off with its legend above."
+# %% ../nbs/07a_report.ipynb #c15b2ec1
+def tradeoff(
+    ax: "Axes",
+    table: DataFrame,  # from `thresholds.summary`
+    threshold: float,
+    trivial: float,  # F1 of calling everyone positive
+) -> None:
+    "The trade-off with its legend above, and the F1 of calling everyone positive."
     thresholds.plot_tradeoff(table, threshold, ax=ax)
-    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=5)
+    ax.axhline(trivial, color=thresholds.COLOURS["F1"], ls=":", lw=1.2, label="F1, all positive")
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=6)
 
 
 def operating(e: SimpleNamespace, n: dict[str, Any]) -> Section:
     "The threshold, how firm it is, and what it means elsewhere."
     o = n["operating"]
-    several = len(o["by_fold"]) > 1
+    several, trivial = len(o["by_fold"]) > 1, n[n["unit"]]["figures"][e.scores]["f1_all_positive"]["estimate"]
     folds = "Folds on their own would have chosen {}. ".format(", ".join(number(v, 2) for v in o["by_fold"].values())) * several
     text = (f"Strategy {o['strategy']}{' (fallback)' * bool(o['fallback'])}: threshold "
             f"{interval({'estimate': o['threshold'], 'low': o['low'], 'high': o['high']}, 3)}, chosen from {e.scores} scores. "
@@ -849,9 +875,10 @@ def operating(e: SimpleNamespace, n: dict[str, Any]) -> Section:
     table = DataFrame.from_dict(rows, orient="index").rename_axis("prevalence")
     return Section("Operating point", "operating", (
         Text(text, "look" if o["fallback"] else ""), *(Text(t, "look") for t in o["remarks"] or []),
-        Figure((svg(lambda ax: tradeoff(ax, curve, o["threshold"]), WIDE, 3.2),),
+        Figure((svg(lambda ax: tradeoff(ax, curve, o["threshold"], trivial), WIDE, 3.2),),
                f"Sensitivity, specificity, PPV and F1 against the threshold, {e.scores} (n = {len(e.oof):,} {e.unit})"
-               + ": mean and one standard deviation over folds" * several + ".", "trade-off"),
+               + ": mean and one standard deviation over folds" * several
+               + ". Dotted: the F1 of calling everyone positive.", "trade-off"),
         Table(table, "What sensitivity and specificity of the test set mean at other prevalences. "
               f"Net benefit counts a missed positive as {o['cost_ratio']:g} false alarms. "
               "Sensitivity and specificity are taken as the same everywhere, which another mix of patients may break.")))
@@ -1152,7 +1179,7 @@ def facts_of_split(e: SimpleNamespace, n: dict[str, Any]) -> dict[str, str]:
             "validated": "one validation part" if single else f"{c['k_folds']} folds",
             "final": "the network that gave those scores is the final one" if single else "trained again on all development patients"}
 
-# %% ../nbs/07a_report.ipynb #a41b574d
+# %% ../nbs/07a_report.ipynb #e9d11fa6
 def facts_of_result(e: SimpleNamespace, n: dict[str, Any]) -> dict[str, str]:
     "How well it works, and how that is known."
     o, figures, s = n["operating"], n[n["unit"]]["figures"], n["shifts"]
@@ -1165,6 +1192,7 @@ def facts_of_result(e: SimpleNamespace, n: dict[str, Any]) -> dict[str, str]:
         "oof_roc_auc": interval(figures[e.scores]["roc_auc"]), "calibration": e.calibration["method"],
         "ahead": interval({"estimate": better.difference, "low": better.low, "high": better.high}),
         **{k: interval(stored[k], 2) for k in ("slope", "intercept")}, **{k: interval(stored[k]) for k in ("brier", "ici")},
+        "trivial": "; ".join(beside_everyone(n).said),
         "counts": "TP {tp}, FN {fn}, FP {fp}, TN {tn}".format(**n[n["unit"]]["counts"]),
         "miss": f"{e.triage['miss']:.0%}", "false_alarm": f"{e.triage['false_alarm']:.0%}",
         "review": interval(outcome["review"]), "limitations": " ".join(n["limitations"]), "limits": str(len(n["limitations"])),

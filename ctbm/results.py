@@ -160,7 +160,7 @@ def plot_confusion(
     ax.tick_params(length=0)
     return ax
 
-# %% ../nbs/07c_results.ipynb #cf5bc522
+# %% ../nbs/07c_results.ipynb #9b605423
 def write_test(
     run: Path,
     test: DataFrame,  # slice_id, patient, label, score, baseline
@@ -177,7 +177,7 @@ def write_test(
     counts = thresholds.rates(test.label, test.score, threshold)
     runs.write_json(run / "test_metrics.json", {
         "threshold": threshold, "test_roc_auc": figures["roc_auc"]["estimate"], "test_auprc": figures["auprc"]["estimate"],
-        **{k: figures[k]["estimate"] for k in ("sensitivity", "specificity", "ppv", "npv", "f1", "f2")},
+        **{k: figures[k]["estimate"] for k in ("sensitivity", "specificity", "ppv", "npv", "f1", "f1_all_positive", "f2")},
         **{k: counts[k] for k in ("tp", "tn", "fp", "fn")}, "figures": figures,
         "baseline": evaluate.score(test.label, test.baseline, groups=test.patient)})
     table, unit = confusion(counts), "patients" if "top_slice" in test else "slices"

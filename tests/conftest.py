@@ -1,21 +1,23 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from filelock import FileLock
 
 from ctbm import models, phantom, train
 
 ROOT = Path(__file__).parents[1]
-SMALL = {"scale": "demo", "backbone": "resnet10t", "weights": "none", "size": 32, "epochs_head": 0, "epochs_ft": 2, "k_folds": 2,
-         "num_workers": 1, "report": False}
-FOCAL = {"recipe": "focal_f2", "scale": "demo", "weights": "none", "size": 32, "resample_mm": 6.0, "epochs_all": 3, "num_workers": 1,
-         "checkpoint_every": 2, "report": False}
+SMALL = {"scale": "demo", "backbone": "test_resnet", "weights": "none", "size": 32, "epochs_head": 0, "epochs_ft": 2, "k_folds": 2,
+         "num_workers": 1, "prep_plot_n": 0, "report": False}
+FOCAL = {"recipe": "focal_f2", "scale": "demo", "backbone": "test_resnet", "weights": "none", "size": 32, "resample_mm": 6.0,
+         "epochs_all": 3, "num_workers": 1, "checkpoint_every": 2, "prep_plot_n": 0, "report": False}
 
 BAGS = {"recipe": "patient", "scale": "demo", "backbone": "resnet10t", "weights": "none", "size": 32, "epochs_layer3": 2, "num_workers": 1,
-        "checkpoint_every": 1, "report": False}
+        "checkpoint_every": 1, "prep_plot_n": 0, "report": False}
 
 
 def oof(run: Path) -> pd.DataFrame:
@@ -36,10 +38,25 @@ def data() -> Path:
     return folder
 
 
+def once(
+    factory: pytest.TempPathFactory,
+    name: str,
+    make: Callable[[Path], Path],  # a new folder -> what is to be shared
+) -> Path:
+    "Made by the first process of the tests that needs it, and read by all."
+    base = factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with FileLock(base / f"{name}.lock"):
+        if not (base / f"{name}.txt").is_file():
+            (base / f"{name}.txt").write_text(str(make(factory.mktemp(name))))
+    return Path((base / f"{name}.txt").read_text())
+
+
 @pytest.fixture(scope="session")
 def cohort_folder(tmp_path_factory) -> Path:
     "A synthetic cohort of 60 patients with two slices each, half of the patients positive."
-    return phantom.make_cohort(tmp_path_factory.mktemp("cohort") / "flat", n_patients=60, slices_per_patient=2, positive=0.5)
+    make = lambda place: phantom.make_cohort(place / "flat", n_patients=60, slices_per_patient=2, positive=0.5, progress=False)
+    return once(tmp_path_factory, "cohort", make)
 
 
 @pytest.fixture
@@ -60,18 +77,21 @@ def workplace(cohort_folder, tmp_path_factory) -> dict:
 @pytest.fixture(scope="session")
 def small_run(cohort_folder, tmp_path_factory) -> Path:
     "A finished run that learnt little in two epochs. Copy it before changing it."
-    place = tmp_path_factory.mktemp("small_run")
-    return train.run(data_root=str(cohort_folder), outputs=str(place / "outputs"), packs=str(place / "packs"), **SMALL)
+    values = SMALL | {"backbone": "resnet10t", "prep_plot_n": 1, "data_root": str(cohort_folder)}
+    make = lambda place: train.run(outputs=str(place / "outputs"), packs=str(place / "packs"), **values)
+    return once(tmp_path_factory, "small_run", make)
 
 
 @pytest.fixture(scope="session")
 def bag_folder(tmp_path_factory) -> Path:
     "A synthetic cohort of 30 patients with five slices each, half of the patients positive."
-    return phantom.make_cohort(tmp_path_factory.mktemp("bags") / "flat", n_patients=30, slices_per_patient=5, positive=0.5)
+    make = lambda place: phantom.make_cohort(place / "flat", n_patients=30, slices_per_patient=5, positive=0.5, progress=False)
+    return once(tmp_path_factory, "bags", make)
 
 
 @pytest.fixture(scope="session")
 def bag_run(bag_folder, tmp_path_factory) -> Path:
     "A finished run of the patient recipe that learnt little in four epochs. Copy it before changing it."
-    place = tmp_path_factory.mktemp("bag_run")
-    return train.run(data_root=str(bag_folder), outputs=str(place / "outputs"), packs=str(place / "packs"), **BAGS | {"report": True})
+    values = BAGS | {"report": True, "prep_plot_n": 1, "data_root": str(bag_folder)}
+    make = lambda place: train.run(outputs=str(place / "outputs"), packs=str(place / "packs"), **values)
+    return once(tmp_path_factory, "bag_run", make)

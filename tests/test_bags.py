@@ -213,3 +213,16 @@ def test_slices_that_belong_to_nobody_are_refused():
         with pytest.raises(ValueError, match=r"slice\(s\) without a patient"): BagDataset(numbered(table), bad)
     for ratio in (0, 0.01):
         with pytest.raises(ValueError, match="negative_ratio"): PatientSampler([1, 0, 0], 0, ratio)
+
+
+def test_a_patient_keeps_the_label_of_slices_that_are_not_shown():
+    "Bags of the negative slices alone: who is ill stays ill, in training, in scoring and in the sampler."
+    table = toy()
+    told = table.assign(patient_label=table.groupby("patient").label.transform("max"))
+    rest, images = told[told.label == 0], numbered(table)
+    whole, part = by_patient(told).set_index("patient").label, BagDataset(images, rest, cap=4)
+    assert by_patient(rest).set_index("patient").label.equals(whole[by_patient(rest).patient]) and whole.sum() > 3
+    assert part.labels.sum() == by_patient(rest).label.sum() > 0 == part.slice_labels.sum()
+    assert len(PatientSampler(part.labels.numpy(), 0, 1.0)) == 2 * part.labels.sum()
+    for wrong in (0, told.label):
+        with pytest.raises(ValueError, match="patient_label"): in_order(told.assign(patient_label=wrong))

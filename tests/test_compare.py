@@ -9,16 +9,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ctbm import evaluate, report, runs, train
+from ctbm import evaluate, report, runs
 from tests.conftest import ROOT
-from tests.test_report import SMALL
 
 
 @pytest.fixture(scope="module")
-def pair(cohort_folder, tmp_path_factory) -> list[Path]:
+def pair(small_run, tmp_path_factory) -> list[Path]:
     "A small run, and one of another recipe on the same folds that scores a little worse."
     place = tmp_path_factory.mktemp("pair")
-    first = train.run(data_root=str(cohort_folder), outputs=str(place / "outputs"), packs=str(place / "packs"), **SMALL)
+    first = Path(shutil.copytree(small_run, place / "outputs" / "first"))
     other, rng = Path(shutil.copytree(first, place / "outputs" / "other")), np.random.default_rng(0)
     for name, score in (("oof", "score"), ("test", "prob")):
         table = pd.read_csv(other / f"{name}_predictions.csv", dtype={"id": str, "patient": str}).sample(frac=1, random_state=0)
@@ -88,12 +87,12 @@ def test_papermill_refuses_what_it_does_not_know(tmp_path):
 
 def test_papermill_trains_every_recipe_on_the_same_folds(cohort_folder, tmp_path):
     tiny = {"data_root": str(cohort_folder), "outputs": str(tmp_path / "outputs"), "packs": str(tmp_path / "packs"), "scale": "demo",
-            "k_folds": 2, "backbone": "resnet10t", "weights": "none", "size": 32, "epochs_head": 0, "epochs_ft": 1, "epochs_all": 1,
-            "num_workers": 1}
+            "k_folds": 2, "backbone": "test_resnet", "weights": "none", "size": 32, "epochs_head": 0, "epochs_ft": 1, "epochs_all": 1,
+            "num_workers": 1, "prep_plot_n": 0, "report": False}
     done = papermill(tmp_path / "out.ipynb", "-y", json.dumps(tiny))
     assert done.returncode == 0, done.stderr[-2000:]
     finished = sorted((tmp_path / "outputs").iterdir())
     configs = [runs.read_json(run / "effective_config.json") for run in finished]
     assert {(c["recipe"], c["backbone"], c["selection"]) for c in configs} == {
-        (recipe, "resnet10t", "inner_holdout") for recipe in ("slice_cv", "focal_f2")}
+        (recipe, "test_resnet", "inner_holdout") for recipe in ("slice_cv", "focal_f2")}
     assert len(report.differences(finished)) == 24

@@ -14,7 +14,7 @@ from sklearn.metrics import average_precision_score, balanced_accuracy_score, fb
 
 from ctbm import evaluate
 
-FIGURES = {"roc_auc", "auprc", "sensitivity", "specificity", "ppv", "npv", "f1", "f2", "balanced_accuracy"}
+FIGURES = {"roc_auc", "auprc", "sensitivity", "specificity", "ppv", "npv", "f1", "f1_all_positive", "f1_gain", "f2", "balanced_accuracy"}
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +41,9 @@ def test_estimates_agree_with_scikit_learn(digits):
         found = {name: f["estimate"] for name, f in evaluate.score(label, p, 0.5, patient, resamples=2).items()}
         called = p >= 0.5
         wanted = {"roc_auc": roc_auc_score(label, p), "auprc": average_precision_score(label, p), "f1": fbeta_score(label, called, beta=1),
+                  "f1_all_positive": fbeta_score(label, np.ones_like(label), beta=1),
                   "f2": fbeta_score(label, called, beta=2), "balanced_accuracy": balanced_accuracy_score(label, called)}
-        assert set(found) == FIGURES
+        assert set(found) == FIGURES and abs(found["f1_gain"] - (found["f1"] - found["f1_all_positive"])) < 1e-12
         assert all(abs(found[name] - value) < 1e-12 for name, value in wanted.items())
 
 

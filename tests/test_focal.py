@@ -150,7 +150,7 @@ def test_limit_leaves_patients_out_and_says_so(workplace):
 
 
 def test_papermill_runs_the_second_recipe(workplace, tmp_path):
-    values = FOCAL | workplace | {"epochs_all": 1, "instruments": "gradient_norm, confusion"}
+    values = FOCAL | workplace | {"epochs_all": 1, "prep_plot_n": 1, "instruments": "gradient_norm, confusion"}
     done = papermill(tmp_path, *[word for name, value in values.items() for word in ("-p", name, value)])
     assert done.returncode == 0, done.stderr[-3000:]
     run = runs.latest(workplace["outputs"])

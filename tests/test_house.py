@@ -103,10 +103,10 @@ def test_floors():
     light = "import ctbm.sources, ctbm.cohort, ctbm.preprocess, ctbm.phantom, ctbm.pack, ctbm.viewer, ctbm.cli"
     code = f"import sys, ctbm; assert 'numpy' not in sys.modules; {light}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-    floors = [{"cohort", "brain", "preprocess", "phantom", "viewer", "sources"}, {"pack", "quality"},
+    floors = [{"cohort", "brain", "preprocess", "phantom", "viewer", "sources", "lung", "windowed", "chest"}, {"pack", "quality"},
               {"datasets", "models", "losses", "audit", "thresholds", "calibration", "decision", "evaluate", "failures", "page",
-               "checklists", "checkpoints", "runs", "reference", "pooling", "bags", "texture", "curves"},
-              {"recipes", "instruments", "learning", "patient", "bundle"},
+               "checklists", "checkpoints", "runs", "reference", "pooling", "bags", "texture", "curves", "siamese", "selection"},
+              {"recipes", "instruments", "learning", "choosing", "patient", "bundle"},
               {"train", "eda", "results", "report", "predict", "explain", "export", "dicom"}, {"cli"}]
     seen, height = set(), {name: i for i, floor in enumerate(floors) for name in floor}
     for path in (ROOT / "ctbm").glob("[a-z]*.py"):

@@ -135,3 +135,22 @@ def test_a_corrected_spacing_is_another_pack(slices, tmp_path):
     spec = Preprocess(size=32, resample_mm=8, fit="scale")
     one, two = (pack.build(slices[:2].assign(row_mm=mm, col_mm=mm), spec, tmp_path, jobs=1) for mm in (0.4, 0.8))
     assert one.key != two.key and (one.images != two.images).any()
+
+
+def test_areas_are_measured_where_an_organ_is_named(data, tmp_path):
+    "With NaN for the slice that cannot be read, also after a build that was stopped; without an organ, the pixels are the same."
+    (tmp_path / "cut.dcm").write_bytes((data / "chest_lungdx" / "1-13.dcm").read_bytes()[:90_000])
+    slices = cohort.scan(data / "chest_lungdx", jobs=1)
+    slices = slices[slices.problem.isna()]
+    slices = slices.assign(path=[*slices.path[:-1], str(tmp_path / "cut.dcm")])
+    made = pack.build(slices, Preprocess(size=32, organ="lung"), tmp_path / "packs", jobs=1)
+    assert made.table.problem.notna().tolist() == [False] * 9 + [True]
+    assert made.table[["hu_min", "organ_area", "body_area"]].iloc[-1].isna().all()
+    sound = made.table[:-1]
+    assert (sound.organ_area < sound.body_area).all() and (sound.body_area < 0.7).all() and sound.organ_area.max() > 0.1
+    assert str(made.table.organ_area.dtype) == str(made.table.body_area.dtype) == "float64"
+    (tmp_path / "packs" / made.key).rename(tmp_path / "packs" / f"{made.key}.partial")
+    again = pack.build(slices, Preprocess(size=32, organ="lung"), tmp_path / "packs", jobs=1)
+    assert again.key == made.key and again.table.equals(made.table)
+    plain = pack.build(slices, Preprocess(size=32), tmp_path / "packs", jobs=1)
+    assert plain.table.organ_area.isna().all() and plain.key != made.key and np.array_equal(plain.images, made.images)

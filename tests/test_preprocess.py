@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from ctbm import windowed
 from ctbm.brain import brain_mask
+from ctbm.lung import lung_mask
 from ctbm.preprocess import (
     AIR_HU,
     FITS,
@@ -21,6 +23,7 @@ from ctbm.preprocess import (
     Z_RANGE,
     NoSpacing,
     Preprocess,
+    Unreadable,
     bounding_box,
     examples_grid,
     letterbox,
@@ -452,3 +455,45 @@ def test_stages_of_masks_and_z_scores(series, tmp_path):
     examples_grid([series["15"]], ["15"], spec).savefig(tmp_path / "grid.png", dpi=40)
     for wrong in ({"mask": "brian"}, {"intensity": "zscore"}):
         with pytest.raises(ValueError, match="did you mean"): Preprocess(**wrong)
+
+
+# JPEG of three windows
+
+
+@pytest.fixture
+def jpeg(data, tmp_path):
+    "A real chest slice as the competition publishes it, and the slice"
+    hu, path = read_hu(data / "chest_lungdx" / "1-13.dcm"), tmp_path / "012_1.2.3.jpg"
+    how = [cv2.IMWRITE_JPEG_QUALITY, 95, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+    cv2.imwrite(str(path), windowed.colours(resize(hu, 256, 256))[..., ::-1], how)
+    return path, hu
+
+
+def test_a_jpeg_gives_the_pixels_of_its_slice(jpeg):
+    path, hu = jpeg
+    spec = Preprocess(crop="none", windows=("lung", "embolism", "mediastinum"))
+    assert read_hu(path).dtype == np.float32 and read_hu(path).shape == (256, 256) and read_hu(str(path)).min() >= AIR_HU
+    apart = np.abs(spec(read_hu(path)) - spec(resize(hu, 256, 256))) * 255
+    assert apart.mean(axis=(1, 2)).max() < 3
+
+
+def test_a_jpeg_that_is_not_windows_says_so(jpeg, data, tmp_path):
+    path, _ = jpeg
+    cut, grey, empty = (tmp_path / name for name in ("cut.jpg", "grey.jpeg", "empty.JPG"))
+    cut.write_bytes(path.read_bytes()[:4000])
+    cv2.imwrite(str(grey), cv2.imread(str(path))[..., 0])
+    empty.write_bytes(b"")
+    head = data / "ich_ctich_3patients" / "491.jpg" # one window
+    for file, why in ((cut, "cut short"), (grey, "grey picture"), (empty, "0 bytes"), (head, "grey picture")):
+        with pytest.raises(Unreadable, match=why) as caught: read_hu(file)
+        assert caught.value.path == file and not caught.value.reason.startswith(str(file))
+    with pytest.raises(FileNotFoundError): read_hu(tmp_path / "gone.jpg")
+
+
+def test_chest_windows_on_a_real_slice(data, tmp_path):
+    hu = read_hu(data / "chest_lungdx" / "1-13.dcm")
+    fig = windows_figure(hu, ("lung", "embolism", "mediastinum"), "a real chest")
+    fig.savefig(tmp_path / "chest.png", dpi=40)
+    lung, embolism, mediastinum = (ax.images[0].get_array()[lung_mask(hu)] for ax in fig.axes)
+    assert 0.2 < np.median(lung) < 0.5 and np.median(embolism) == np.median(mediastinum) == 0, "only one window shows what is in the lung"
+    with pytest.raises(ValueError, match="did you mean 'lung'"): Preprocess(organ="lungs")

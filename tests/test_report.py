@@ -12,11 +12,11 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.metrics import fbeta_score
 
 from ctbm import cli, evaluate, recipes, report, results, runs, train
+from tests.conftest import SMALL
 
-SMALL = {"scale": "demo", "backbone": "resnet10t", "weights": "none", "size": 32, "epochs_head": 0, "epochs_ft": 2, "k_folds": 2,
-         "num_workers": 1}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
@@ -253,6 +253,31 @@ def test_a_network_that_calls_nothing_positive(run, tmp_path):
     runs.write_json(copy / "threshold_selection.json", chosen | {"threshold": 0.999})
     html = report.write(copy).read_text(encoding="utf8")
     assert "not defined" in html and "nan" not in re.sub(r"data:image[^'\"]*", "", html).lower().replace("provenance", "")
+
+
+@pytest.mark.parametrize(("score", "judged"), [
+    (lambda label: label, "better"), (lambda label: np.ones(len(label)), "no better"), (lambda label: np.zeros(len(label)), "worse"),
+    (lambda label: np.where(np.arange(len(label)) == np.flatnonzero(label == 0)[0], 0, 1), "not clearly better")])
+def test_f1_is_judged_beside_that_of_calling_everyone_positive(score, judged):
+    label = np.repeat([0, 1], [20, 20])
+    figures = {"figures": {"test": evaluate.score(label, score(label), 0.5)}}
+    rows = report.beside_everyone({"unit": "slices", "slices": figures, "patients": figures})
+    assert rows.judged.tolist() == [judged] * 2 and np.allclose(rows["all positive"], 2 / 3) and (rows.said.str.endswith(judged)).all()
+    assert [*report.beside_everyone({"unit": "patients", "patients": figures}).index] == ["patients"]
+
+
+def test_a_run_no_better_than_calling_everyone_positive_says_so(run, tmp_path):
+    copy = copied(run, tmp_path)
+    chosen, pooled = (runs.read_json(copy / f"{name}.json") for name in ("threshold_selection", "patients"))
+    runs.write_json(copy / "threshold_selection.json", chosen | {"threshold": 0.0})
+    runs.write_json(copy / "patients.json", pooled | {"operating_point": pooled["operating_point"] | {"threshold": 0.0}})
+    page, card = words(report.write(copy).read_text(encoding="utf8")), (copy / "model_card.md").read_text(encoding="utf8")
+    test = report.load(copy / "test_predictions.csv")
+    for of, label in (("slices", test.label), ("patients", test.groupby("patient").label.max())):
+        trivial = report.number(fbeta_score(label, np.ones(len(label)), beta=1))
+        for text in (page, card):
+            assert re.search(rf"F1 of {of} is {trivial} [^:]*, that of calling every {of[:-1]} positive {trivial}, [^:]*: no better", text)
+            assert f"The test F1 of {of} is no better than that of calling every {of[:-1]} positive ({trivial})." in text
 
 
 def test_two_runs_on_the_same_patients(run, tmp_path):

@@ -18,7 +18,7 @@ from tests.conftest import FOCAL, ROOT, SMALL, oof, papermill
 @pytest.fixture(scope="module")
 def finished(workplace) -> Path:
     "One small run."
-    return train.run(**workplace, **SMALL | {"report": True})
+    return train.run(**workplace, **SMALL | {"report": True, "prep_plot_n": 1})
 
 
 def test_run_folder_holds_every_artefact(finished):
@@ -94,10 +94,7 @@ def test_stored_weights_give_the_stored_scores(finished):
     assert np.allclose(stored.prob, stored.id.map(scores), atol=1e-6)
 
 
-def test_same_seed_same_scores_and_another_seed_others(finished, workplace):
-    again = train.run(**workplace, **SMALL)
-    assert np.array_equal(oof(finished).score, oof(again).score)
-    assert np.array_equal(pd.read_csv(finished / "test_predictions.csv").prob, pd.read_csv(again / "test_predictions.csv").prob)
+def test_another_seed_gives_other_scores(finished, workplace):
     other = train.run(**workplace, **SMALL, seed=7)
     assert not np.array_equal(oof(finished).sort_values("id").score.to_numpy(), oof(other).sort_values("id").score.to_numpy())
 
@@ -203,7 +200,8 @@ def test_canary_of_random_labels_learns_nothing(workplace, finished):
     assert runs.describe(run).startswith("RANDOM LABELS")
 
 
-def test_grid_picks_a_winner_and_the_user_s_values_hold(workplace, tmp_path):
+def test_grid_picks_a_winner_and_the_user_s_values_hold(workplace, tmp_path, monkeypatch):
+    monkeypatch.setitem(recipes.GRIDS, "slice_cv", dict(list(recipes.GRIDS["slice_cv"].items())[:3]))
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"epochs_ft": 1, "epochs_head": 0, "lr_ft": 0.0005}))
     values = {k: v for k, v in SMALL.items() if not k.startswith("epochs")}
@@ -226,13 +224,13 @@ def test_published_selection_and_preprocessing_by_options_alone(workplace):
 
 
 def test_papermill_trains_the_backbone_it_was_given(workplace, tmp_path):
-    values = SMALL | workplace | {"backbone": "resnet34", "epochs_ft": 1}
+    values = SMALL | workplace | {"backbone": "resnet14t", "epochs_ft": 1, "prep_plot_n": 1}
     done = papermill(tmp_path, *[word for name, value in values.items() for word in ("-p", name, value)])
     assert done.returncode == 0, done.stderr[-3000:]
     run = runs.latest(workplace["outputs"])
-    assert runs.read_json(run / "manifest.json")["backbone"] == "resnet34"
+    assert runs.read_json(run / "manifest.json")["backbone"] == "resnet14t"
     shapes = {k: v.shape for k, v in load_file(run / "final_model_state_dict.safetensors").items()}
-    assert "layer3.5.conv2.weight" in shapes, "a resnet34 has six blocks in its third layer"
+    assert "layer3.0.conv3.weight" in shapes, "a resnet14t has bottlenecks, the small runs of the other tests have none"
 
 
 def test_papermill_stops_at_a_misspelt_parameter(tmp_path):
@@ -247,13 +245,14 @@ def test_papermill_lists_the_parameters():
     assert all(name in done.stdout for name in ("backbone", "data_root", "recipe", "run_grid", "seed"))
 
 
-def test_command_line_gives_the_same_run(finished, workplace, capfd):
+def test_command_line_with_the_same_seed_gives_the_same_run(finished, workplace, capfd):
     options = {k: v for k, v in (SMALL | workplace).items() if k != "size"} | {"out_size": 32}
     words = [word for k, v in options.items() for word in (f"--{k.replace('_', '-')}", str(v))]
     assert cli.main(["train", *words]) == 0
     run = runs.latest(workplace["outputs"])
     assert f"run       {run}" in capfd.readouterr().out
     assert np.array_equal(oof(run).score, oof(finished).score)
+    assert np.array_equal(pd.read_csv(run / "test_predictions.csv").prob, pd.read_csv(finished / "test_predictions.csv").prob)
 
 
 @pytest.mark.parametrize(("words", "said"), [
