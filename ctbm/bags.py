@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Sampler
 from .datasets import SliceDataset, drawn_loader
 
 # %% ../nbs/03c_bags.ipynb #35f356b6
-ORDER = ("patient", "study", "series", "position_mm", "slice_id", "frame")  # as far as a table has them
+ORDER = ("patient", "study", "series", "position_mm", "in_series", "slice_id", "frame")  # as far as a table has them
 
 
 def in_order(

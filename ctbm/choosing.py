@@ -41,7 +41,9 @@ def chosen(
     if not hasattr(network, "chooser"): return table
     if "patient_label" not in table: table = table.assign(patient_label=table.groupby("patient").label.transform("max"))
     single = selection.one_series(table)
-    return single[selection.top(single, merits(network, images, single), network.chooser.top_k)]
+    found = single[selection.top(single, merits(network, images, single), network.chooser.top_k)]
+    if lost := set(table.patient) - set(found.patient): raise ValueError(f"{len(lost)} patients lost all slices, the first is {min(lost)}")
+    return found
 
 
 def picked(
@@ -69,7 +71,11 @@ def lesson(
     if told.label.nunique() < 2:
         raise ValueError(f"{'all' if told.label.all() else 'none'} of the {len(told)} slices show the {organ}, so there is nothing to "
                          "learn: use select area or select all")
-    held = datasets.hold_out(told, recipe.holdout_frac, seed)
+    rarer = told.label.value_counts().idxmin()  # every patient may show the organ; who has slices of the rarer kind must be on both sides
+    try: held = datasets.hold_out(told.assign(label=(told.label == rarer).astype(int)), recipe.holdout_frac, seed)
+    except ValueError as error:
+        raise ValueError(f"{told.patient[told.label == rarer].nunique()} of {told.patient.nunique()} patients have slices "
+                         f"{'with' if rarer else 'without'} {organ}, too few to teach a classifier: use select area") from error
     return halved(told[~held], recipe.choose.selector_slices, seed), halved(told[held], recipe.choose.selector_slices, seed)
 
 

@@ -521,9 +521,11 @@ def _doubts(
     told = {part: _binary(rows, part, COMPETITION[part], csv).fillna(0) if rows[part].notna().any() else pd.Series(0, rows.index)
             for part in ("negative", "indeterminate")}
     against = rows[(rows["label"] == 1) & (told["negative"] == 1)].drop_duplicates("Study").set_index("Study")["line"]
-    unsure = set(rows["Study"][told["indeterminate"] == 1])
+    unsure, best = set(rows["Study"][told["indeterminate"] == 1]), rows["label"].fillna(0).groupby(rows["Study"]).transform("max")
+    bare = set(rows["Study"][(told["negative"] == 0) & (best == 0)]) if rows["negative"].notna().any() else set()
     why = {study: f"contradictory study: {csv.name} line {line}, an embolism on an image of a negative exam"
            for study, line in against.items()}
+    why |= {study: f"contradictory study: {csv.name} calls {study} positive and none of its images" for study in bare}
     why |= {study: f"indeterminate study: {csv.name} calls {study} neither positive nor negative" for study in unsure}
     return [why.get(study) for study in rows["Study"]]
 

@@ -14,7 +14,7 @@ __all__ = ['STEPS', 'SMOOTH', 'METHODS', 'FINE', 'FAINT', 'THICK', 'TOLERANCE_MM
            'figures_table', 'trial_sections', 'seen_yet_missed', 'firm_section', 'warns', 'write', 'write_into',
            'usable', 'cell_mm', 'cuts', 'write_pictures', 'patient_sections']
 
-# %% ../nbs/08_explain.ipynb #76e3a879
+# %% ../nbs/08_explain.ipynb #b61ec948
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -272,7 +272,7 @@ def chance(
     head = head | ~head.any()
     return {"pointing": float(nearby(mask, spacing, tolerance_mm)[head].mean()), "energy": float(mask[head].mean())}
 
-# %% ../nbs/08_explain.ipynb #f413fe9b
+# %% ../nbs/08_explain.ipynb #d2bb3fa4
 TWINS = 3  # untrained networks whose figures are averaged
 
 
@@ -585,7 +585,7 @@ def errors_by_spread(
     kept = {name: {k: area[k] for k in ("estimate", "low", "high")} for name, area in areas.items()}
     return {"errors": int(wrong.sum()), "rows": len(wrong)} | kept
 
-# %% ../nbs/08_explain.ipynb #76154a21
+# %% ../nbs/08_explain.ipynb #c797ea40
 NEEDED = ("model.json", WEIGHTS, "effective_config.json", "threshold_selection.json", "test_predictions.csv", "features_df_split.parquet",
           "manifest.json")
 
@@ -658,8 +658,8 @@ def people(
 ) -> DataFrame:  # patient, label, score, slices; by name
     "Patients with the scores that the run gave them."
     if WHOLE not in slices: return evaluate.pool(slices, rule)
-    by = slices.groupby("patient")
-    return DataFrame({"label": by.label.max().astype(int), "score": by[WHOLE].first(), "slices": by.size()}).reset_index()
+    by, label = slices.groupby("patient"), "patient_label" if "patient_label" in slices else "label"
+    return DataFrame({"label": by[label].max().astype(int), "score": by[WHOLE].first(), "slices": by.size()}).reset_index()
 
 
 def firmness(

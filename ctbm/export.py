@@ -501,7 +501,7 @@ def measure(
         rows[name] = row | more | {"remark": remark(name, row | more)}
     return DataFrame.from_dict(rows, orient="index").rename_axis("engine")
 
-# %% ../nbs/09a_export.ipynb #0c8deba2
+# %% ../nbs/09a_export.ipynb #ae5315ea
 WORTH_PROCESSES = 200  # slices; below, starting processes takes longer than reading
 GONE = "the files that the run was made from are not where they were, or not what they were; name their folder as data_root"
 

@@ -154,7 +154,7 @@ def gathered(
     value = np.average([float(part["value"]) for part in seen], weights=[len(part["labels"]) for part in seen])
     return float(value), labels, expit(logits)
 
-# %% ../nbs/04f_learning.ipynb #918d559b
+# %% ../nbs/04f_learning.ipynb #24b06bb5
 def rated(
     network: Module,  # what the stage does not train is frozen
     stage: Stage,

@@ -175,9 +175,10 @@ def labelled_alike(
     images: np.ndarray,  # uint8[n, c, h, w], the pack
     part: DataFrame,  # slices
 ) -> SliceDataset:
-    "The slices of a table, each with its patient's label."
+    "The slices of a table, each with its study's label."
     ordered = bags.in_order(part)
-    label = ordered["patient_label"] if "patient_label" in ordered else ordered.groupby("patient").label.transform("max")
+    known = next((name for name in ("study_label", "patient_label") if name in ordered), None)
+    label = ordered[known] if known else ordered.groupby("patient").label.transform("max")
     return SliceDataset(images, ordered.row.to_numpy(), label.to_numpy().astype(int))
 
 

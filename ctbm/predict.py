@@ -460,7 +460,7 @@ def noted(
     looked = study.used | study.left.notna()
     lost = int((~looked & (study["rank"] == study["rank"][study.used].max())).sum())
     said = [f"{lost} of its slices could not be decoded"] * bool(lost)
-    if study.used.any() and (length := covered(study[looked])) < HEAD_MM:
+    if study.position_mm[study.used].notna().any() and (length := covered(study[looked])) < HEAD_MM:
         said.append(f"{length:.0f} mm of the patient were seen: nothing is said of the rest")
     return SEPARATOR.join(said + own.what.drop_duplicates().tolist() + made.patients["remarks"]) or None
 
@@ -532,7 +532,7 @@ def load(
     for name in options: known("option", name, Options.__dataclass_fields__)
     return Predictor(bundle.load(run), Options(**options))
 
-# %% ../nbs/09_predict.ipynb #ed391e21
+# %% ../nbs/09_predict.ipynb #2dd81505
 SHOWN = 3  # slices of a study
 METHOD = explain.FINE  # of saliency; it takes any network
 

@@ -7,7 +7,7 @@ __all__ = ['LEAST_COVERAGE', 'PATCH', 'PATCH_PIXELS', 'MOTION_HU', 'METAL_HU', '
            'ASYMMETRY_WINDOW', 'MOST_ASYMMETRY', 'FIGURES', 'FINDINGS', 'TISSUE_HU', 'RULES', 'unrest_hu', 'asymmetry',
            'filled_head', 'assess', 'measured', 'table', 'worst', 'dropped']
 
-# %% ../nbs/02c_quality.ipynb #149c4471
+# %% ../nbs/02c_quality.ipynb #cf8ba4b1
 import cv2
 import numpy as np
 import pandas as pd
@@ -90,7 +90,7 @@ def assess(
     }
     return figures | {"issues": [name for name, true in holds.items() if true]}
 
-# %% ../nbs/02c_quality.ipynb #3da701dc
+# %% ../nbs/02c_quality.ipynb #4868c0aa
 def measured(
     row, # of a cohort table: path, frame, row_mm, col_mm
 )->dict: # as `assess` returns, with `unreadable`: why there are no figures

@@ -359,7 +359,8 @@ GRIDS = {
         "baseline": {},
         "shared": {"branches": "shared"},
         "one_network": {"branches": "none"},
-        **{f"pool_{name}": {"bag_pooling": name} for name in ("max", "mean", "noisy_or", "attention")},
+        **{f"pool_{name}": {"bag_pooling": name} for name in ("max", "mean", "noisy_or")},
+        "pool_attention": {"bag_pooling": "attention", "every_slice": False},
     },
 }
 

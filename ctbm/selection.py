@@ -59,14 +59,15 @@ def studies(
 
 def one_series(
     table: DataFrame,  # one row per slice; without a column `series`, all are of one
-) -> DataFrame:  # the rows of each study's longest series
-    "One series of each study."
+) -> DataFrame:  # the rows of one series of each study
+    "One series of each study, chosen as prediction does: not a short part of what another covers, then the most slices."
     if "series" not in table: return table
-    by = [studies(table), table.series.astype("str")]
-    count = table.groupby(by).series.transform("size")
-    first = DataFrame({"study": by[0], "less": -count.to_numpy(), "series": by[1].to_numpy()}).sort_values(["study", "less", "series"])
-    best = first.drop_duplicates("study").set_index("study").series
-    return table[by[1].to_numpy() == best[by[0]].to_numpy()]
+    by = [studies(table), table.series.astype(object).where(table.series.notna(), "").astype(str).to_numpy()]
+    series = table.assign(position_mm=table.get("position_mm", np.nan), thickness_mm=table.get("thickness_mm", np.nan)).groupby(by)
+    covered = (series.position_mm.max() - series.position_mm.min()).fillna(0) + series.thickness_mm.median().fillna(0)
+    ranked = DataFrame({"part": covered < covered.groupby(level=0).transform("max") / 2, "less": -series.size()})
+    best = ranked.reset_index(names=["study", "series"]).sort_values(["study", "part", "less", "series"]).drop_duplicates("study")
+    return table[by[1] == best.set_index("study").series[by[0]].to_numpy()]
 
 # %% ../nbs/03e_selection.ipynb #ee89947a
 def in_place(

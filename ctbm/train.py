@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['RUN', 'DEMO_COHORTS', 'RESERVED', 'choosers', 'sided', 'run_fold', 'cross_validate', 'work', 'run_grid_search',
            'monitored', 'baseline', 'Job', 'parameters', 'plan', 'read_config', 'read_cohort', 'limited', 'learnable',
-           'distinct', 'sizes', 'read_attributes', 'checked_attributes', 'examined', 'write_split', 'write_audit',
-           'write_examples', 'write_model', 'write_tensors', 'write_curves', 'mixed', 'beside_it', 'keep_networks',
-           'write_reference', 'write_selection', 'Steps', 'watched', 'gathered', 'prepare', 'run', 'check_start',
-           'tidied', 'resumable', 'located', 'resumed', 'measured', 'learn']
+           'distinct', 'told_apart', 'sizes', 'read_attributes', 'checked_attributes', 'examined', 'write_split',
+           'write_audit', 'write_examples', 'write_model', 'write_tensors', 'write_curves', 'mixed', 'beside_it',
+           'keep_networks', 'write_reference', 'write_selection', 'Steps', 'watched', 'gathered', 'prepare', 'run',
+           'check_start', 'tidied', 'resumable', 'located', 'resumed', 'measured', 'learn']
 
 # %% ../nbs/05_train.ipynb #6ad9c225
 import hashlib
@@ -250,7 +250,7 @@ def read_config(
         raise ValueError(f"config_json {path} must hold names and values in braces, not a {type(values).__name__}")
     return values
 
-# %% ../nbs/05_train.ipynb #4d2cd203
+# %% ../nbs/05_train.ipynb #40cf5db5
 DEMO_COHORTS = {  # by what one sample is, or by the organ: folder, what makes it, and with what arguments
     "slice": ("phantom_easy", phantom.make_cohort, dict(n_patients=500, slices_per_patient=2, difficulty="easy", layout="flat")),
     "bag": ("phantom_patients", phantom.make_cohort, dict(n_patients=160, difficulty="easy", layout="patients", positive=0.4)),
@@ -306,6 +306,23 @@ def distinct(
     names = names.where(~names.duplicated(keep=False), names + "#" + slices.frame.astype(str))
     again = names.groupby(names).cumcount().add(1).astype(str)
     return slices.assign(slice_id=names.where(~names.duplicated(keep=False), names + "#" + again))
+
+
+def told_apart(
+    recipe: Recipe,
+    slices: DataFrame,  # usable, with the patients that the audit found to be one
+    table: DataFrame | None,  # the labelled cohort, whose unusable images tell, too, who is positive; None: they do not
+) -> DataFrame:  # with study_label and patient_label
+    "Slices with the labels of their study and their patient: those of the worst image, whether it can be read or not."
+    own = ["labelled_patient", "study"]
+    ill = set() if table is None else set(table[table.label == 1][["patient", "study"]].fillna("").itertuples(index=False, name=None))
+    keys = slices[own].fillna("").itertuples(index=False, name=None)
+    known = slices.label.where(~np.array([key in ill for key in keys], bool), 1)
+    study = known.groupby([slices[name].fillna("") for name in own]).transform("max")
+    found = slices.assign(study_label=study, patient_label=study.groupby(slices.patient).transform("max"))
+    hidden = found[found.patient_label > found.groupby("patient").label.transform("max")].patient.nunique()
+    if hidden and recipe.kind == "bag": print(f"{hidden} patients count as positive by an unusable image", flush=True)
+    return found
 
 
 def sizes(
@@ -428,7 +445,7 @@ def write_examples(run: Path, split: DataFrame, recipe: Recipe, n: int) -> None:
         figure = examples_grid(images, some.slice_id.tolist(), recipe.preprocess, spacings)
         runs.save_figure(run / f"preprocessing_examples_label{label}.png", figure)
 
-# %% ../nbs/05_train.ipynb #ae576083
+# %% ../nbs/05_train.ipynb #96a42df3
 def write_model(run: Path, network: Module, recipe: Recipe) -> None:
     "The weights, and how to build the network they belong to."
     write_tensors(run / "final_model_state_dict.safetensors", network.state_dict())
@@ -455,11 +472,14 @@ def mixed(
     recipe: Recipe,
     split: DataFrame,
 ) -> list[str]:  # empty where there is nothing to say
-    "A word on patients whose bag holds more than one series, of which prediction would take one."
+    "A word on patients whose bag holds what prediction would not take together."
     several = split.groupby("patient")[["study", "series"]].nunique().max(axis=1) > 1
-    if recipe.kind == "slice" or recipe.choose.select != "all" or not several.any(): return []
-    return [f"{several.sum()} of {len(several)} patients have slices of several studies or series, all of which made one sample in "
-            "training and test; prediction takes one series of each study"]
+    if recipe.kind == "slice" or not several.any(): return []
+    many = f"{several.sum()} of {len(several)} patients have slices of several studies or series, "
+    if recipe.choose.select == "all":
+        return [many + "all of which made one sample in training and test; prediction takes one series of each study"]
+    return [many + "of which training and test took the fullest series of each study, all studies as one sample; prediction scores each "
+            "study alone, and passes over a series whose headers are unlike the training cohort's"]
 
 
 def beside_it(
@@ -570,7 +590,7 @@ def prepare(
     steps(None)
     return runs.project_root() / job.packs / packed.key
 
-# %% ../nbs/05_train.ipynb #d1403161
+# %% ../nbs/05_train.ipynb #f84f3103
 def run(
     resume: str | Path | None = None,  # an unfinished run; everything else is then read from it
     **asked: Any,  # fields of `Job`, and values of the recipe by flat name
@@ -590,7 +610,7 @@ def run(
     links = audit.links(slices, packed.images)
     slices = audit.merge(slices, links)
     slices = audit.shuffle_labels(slices, recipe.seed) if job.random_labels else slices
-    slices = slices.assign(patient_label=slices.groupby("patient").label.transform("max"))
+    slices = told_apart(recipe, slices, None if job.random_labels else table)
     sides = datasets.split(sided(recipe, slices), recipe.test_size, recipe.k_folds, recipe.seed, recipe.holdout_frac)
     split, faults = examined(job, recipe, slices.assign(fold=sides.fold))
     attributes = read_attributes(job, data_root, split)

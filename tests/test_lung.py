@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ctbm import cohort, lung, pack, windowed
+from ctbm import chest, cohort, lung, pack, windowed
 from ctbm.preprocess import Preprocess, read_hu
 
 SHOWN = {"01": False, "04": True, "07": True, "10": True, "13": True, "16": True, "19": True, "22": True, "25": True, "28": False}
@@ -145,7 +145,6 @@ def test_what_could_not_be_read_shows_nothing():
 
 def test_every_slice_of_a_synthetic_chest(tmp_path):
     "Lung or not, as the phantom knows it; where it says otherwise, the share is next to the threshold"
-    chest = pytest.importorskip("ctbm.chest")
     folder = chest.make_chest_cohort(tmp_path / "cohort", n_patients=4, jobs=1)
     slices = cohort.scan(folder / "CTs", jobs=1)
     slices = slices[slices.problem.isna()].set_index("slice_id").sort_index()
