@@ -216,7 +216,6 @@ def _near(
     "Slices of different patients that show one picture, though not with the same pixels."
     at = rows["row"].to_numpy()
     channels = _soft_channels(images, at)
-    if _why_not(images, channels): return DataFrame()
     seen = {row: _detail(images[row][channels]) for row in np.unique(at)}
     details, found = np.stack([seen[row] for row in at]), []
     patient, picture = pd.factorize(rows["patient"])[0], pd.factorize(rows["pixels"].fillna(""))[0]
@@ -234,8 +233,10 @@ def _near(
 def _why_not(
     images: np.ndarray,  # uint8[n, c, s, s]
     channels: np.ndarray,  # from `_soft_channels`
+    heads: bool,  # whether they show heads
 ) -> str | None:  # None where they can be
     "Why pictures cannot be compared."
+    if not heads: return "what counts as near-identical was measured on heads, and these are none"
     if images.shape[-1] < SMALLEST: return f"packed images of {images.shape[-1]} pixels are too small, {SMALLEST} are needed"
     return None if len(channels) else "bone is white in no channel of the pack, and skulls are all alike"
 
@@ -247,17 +248,19 @@ CONFLICT, NOT_COMPARED = "conflicting labels", "not compared"
 def links(
     table: DataFrame,  # usable rows of a pack's table: slice_id, patient, label; sha, frame, study, instance, header_patient where known
     images: np.ndarray | None = None,  # uint8[n, c, s, s], indexed by the table's `row`; None: pixels are not compared
+    heads: bool = True,  # what is near-identical was measured on heads; False: only equal pixels are looked for
 ) -> DataFrame:  # COLUMNS and, where the table has `fold`, fold_a and fold_b; similarity 1 for exact kinds, `pairs` how many there are
     "Slices of different patients that belong to one patient, the kinds in KINDS; other kinds are to be known and link nobody."
     rows, found = _slices(table, images), []
+    reason = None if images is None else _why_not(images, _soft_channels(images, table["row"].to_numpy()), heads)
     for kind in KINDS:
         named, nobody = _named(rows, kind)
-        pairs = _near(rows, images) if kind == "near-identical" and images is not None else _pairs(named)
+        near = kind == "near-identical" and images is not None
+        pairs = _pairs(named) if not near else DataFrame() if reason else _near(rows, images)
         if kind in ("same pixels", "same instance"): pairs = pairs[pairs["file_a"].isna() | (pairs["file_a"] != pairs["file_b"])]
         if len(pairs): found += _told(pairs, kind).to_dict("records")
         found += _nobodies(nobody, kind, rows["patient"].nunique())
     found += _conflicts(rows)
-    reason = _why_not(images, _soft_channels(images, table["row"].to_numpy())) if images is not None else None
     if reason: found.append({"kind": NOT_COMPARED, "what": f"near-identical pictures were not looked for: {reason}"})
     columns = COLUMNS + (["fold_a", "fold_b"] if "fold" in table else [])
     return DataFrame(found, columns=columns).astype({"label_a": "Int64", "label_b": "Int64", "similarity": float, "pairs": "Int64"})

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SELECTS', 'BLUE', 'VERMILION', 'GREY', 'THUMBNAILS', 'Selection', 'Chooser', 'studies', 'one_series', 'in_place',
-           'top', 'kept', 'figure', 'draw_curve', 'draw_slice']
+           'top', 'kept', 'figure', 'placed', 'draw_curve', 'draw_slice']
 
 # %% ../nbs/03e_selection.ipynb #4e308846
 from collections.abc import Sequence
@@ -133,16 +133,20 @@ def figure(
         for ax, place in zip(row[1:], np.linspace(0, len(part) - 1, THUMBNAILS).round().astype(int), strict=True):
             draw_slice(ax, part.iloc[place], images)
     for ax in axes[:-1, 0]: ax.tick_params(labelbottom=False)
-    axes[-1, 0].set_xlabel("position from the first slice, mm; its number where that is not known")
+    axes[-1, 0].set_xlabel("mm from the first slice" if placed(part) else "slice")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     fig.legend(handles, labels, frameon=False, loc="upper left", ncols=len(labels))
     return fig
 
 
+def placed(part: DataFrame) -> bool:
+    "Whether the positions of all slices of a study are known."
+    return "position_mm" in part and bool(part.position_mm.notna().all())
+
+
 def draw_curve(ax, part: DataFrame, called: str) -> None:
     "The merit of a study's slices along the patient."
-    known = "position_mm" in part and part.position_mm.notna().all()
-    place, picked = part.position_mm.to_numpy() if known else np.arange(len(part), dtype=float), part.chosen.to_numpy(bool)
+    place, picked = part.position_mm.to_numpy() if placed(part) else np.arange(len(part), dtype=float), part.chosen.to_numpy(bool)
     place = place - place.min()
     ax.plot(place, part.merit, "-", lw=1, color=GREY, zorder=1)
     ax.plot(place[~picked], part.merit[~picked], "o", ms=3, mfc="white", mec=GREY, label="slice")

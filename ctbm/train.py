@@ -590,7 +590,7 @@ def prepare(
     steps(None)
     return runs.project_root() / job.packs / packed.key
 
-# %% ../nbs/05_train.ipynb #f84f3103
+# %% ../nbs/05_train.ipynb #a92e48d4
 def run(
     resume: str | Path | None = None,  # an unfinished run; everything else is then read from it
     **asked: Any,  # fields of `Job`, and values of the recipe by flat name
@@ -607,7 +607,7 @@ def run(
     recipe, candidates = learnable(recipe, table), {name: learnable(each, table) for name, each in candidates.items()}
     steps("split: test set and folds, patient by patient")
     slices = distinct(cohort.usable(packed.table))
-    links = audit.links(slices, packed.images)
+    links = audit.links(slices, packed.images, heads=recipe.preprocess.organ != "lung")
     slices = audit.merge(slices, links)
     slices = audit.shuffle_labels(slices, recipe.seed) if job.random_labels else slices
     slices = told_apart(recipe, slices, None if job.random_labels else table)

@@ -58,7 +58,9 @@ def test_labels_of_studies_alone(chests, tmp_path, capsys):
     weak = told(chests, "labels1.csv").groupby("PatientID").Label.max().reset_index()
     weak.to_csv(tmp_path / "weak.csv", index=False)
     data = {"data_root": str(chests), "labels": str(tmp_path / "weak.csv")} | where(tmp_path)
-    run = train.run(recipe="siamese", **TINY, **data)
+    run = train.run(recipe="siamese", **TINY | {"size": 64}, **data)
+    links = told(run, "audit_links.csv")
+    assert links.kind.tolist() == ["not compared"], "chests are alike without being one patient"
     assert "not of slices: slice_weight 0" in capsys.readouterr().out
     assert json.loads((run / "effective_config.json").read_text())["slice_weight"] == 0
     split = pd.read_parquet(run / "features_df_split.parquet")
