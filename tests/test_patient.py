@@ -120,7 +120,7 @@ def test_learned_pooling_with_folds_quality_and_texture(place, bag_folder, tmp_p
     session = export.session(file)
     images = np.random.default_rng(0).integers(0, 255, (7, 1, 32, 32)).astype(np.uint8)
     score, embedding, patient = session.run(["score", "embedding", "patient"], {"images": images})
-    by_torch = predict.SCORERS["bag"](predictor.made, predictor.made.network, predictor.made.look, [images])[0]
+    by_torch = predict.SCORERS["bag"](predictor.made, predictor.made.network, predictor.made.look, [images], [np.full(7, np.nan)])[0]
     assert patient.shape == (1,) and patient[0] == pytest.approx(by_torch.score, abs=1e-4)
     assert np.allclose(score, by_torch.slices, atol=1e-4) and embedding.shape == (7, predictor.made.network.head_hidden_size)
 
@@ -138,6 +138,7 @@ def test_sides_of_a_split_have_patients_of_both_classes():
     "Positive patients have negative slices, which must not pass for negative patients."
     patients, labels = np.repeat([f"P{i}" for i in range(12)], 4), [1, 0, 0, 0] * 11 + [0] * 4
     table = pd.DataFrame({"patient": patients, "slice_id": range(48), "label": labels})
+    table["patient_label"] = table.groupby("patient").label.transform("max")
     with pytest.raises(ValueError, match="both classes"):
         train.datasets.split(train.sided(recipes.RECIPES["patient"], table), 0.2, 1, 0, 0.2)
     assert train.datasets.split(train.sided(recipes.RECIPES["slice_cv"], table), 0.2, 1, 0, 0.2).fold.nunique() == 3
