@@ -23,15 +23,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import cv2
-import joblib
 import numpy as np
 import pandas as pd
-from filelock import FileLock
 from numpy.random import Generator
 from pydicom.dataset import Dataset
 from pydicom.uid import CTImageStorage
 from scipy import fft
-from tqdm.auto import tqdm
 
 from . import windowed
 from .cohort import scan
@@ -42,11 +39,9 @@ from ctbm.phantom import (
     capsule,
     coverage,
     ellipsoid,
-    is_complete,
     is_positive,
     key_number,
     noise,
-    open_partial,
     paint_capsule,
     paint_ellipsoid,
     sigmoid,
@@ -57,6 +52,7 @@ from ctbm.phantom import (
     uid,
     upsample,
     write_dicom,
+    written,
 )
 
 # %% ../nbs/00d_chest.ipynb #75799465
@@ -755,6 +751,7 @@ def write_patient(
 # %% ../nbs/00d_chest.ipynb #07f0dc3e
 def write_tables(
     folder: Path, # of the unfinished cohort
+    _: Cohort, # its tables do not depend on it
 ) -> None:
     "Gather the truth of all patients into truth.csv and labels1.csv."
     table = pd.DataFrame([row for f in sorted((folder / "truth").glob("*.json")) for row in json.loads(f.read_text())])
@@ -775,18 +772,8 @@ def make_chest_cohort(
     progress: bool = True, # show a bar
 ) -> Path:
     "Write a cohort: CTs, labels1.csv, masks, truth.csv and cohort.json. The same arguments give the same files."
-    folder, wanted = Path(folder), Cohort(n_patients, seed, positive, slices, emboli)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):  # a second process waits, then finds the cohort complete
-        if is_complete(folder, wanted): return folder
-        partial = open_partial(folder, wanted)
-        work = joblib.Parallel(jobs or joblib.cpu_count(), return_as="generator")(
-            joblib.delayed(write_patient)(partial, wanted, i) for i in range(n_patients))
-        for _ in tqdm(work, "chests", n_patients, unit="patient", mininterval=2, disable=not progress): pass
-        write_tables(partial)
-        if folder.exists(): folder.rmdir()  # empty
-        partial.rename(folder)
-    return folder
+    wanted = Cohort(n_patients, seed, positive, slices, emboli)
+    return written(Path(folder), wanted, write_patient, write_tables, jobs, "chests" if progress else None)
 
 # %% ../nbs/00d_chest.ipynb #346f0cf6
 COLUMNS = (

@@ -16,13 +16,15 @@ __all__ = ['CELL_MM', 'NOISES', 'INNER_MM', 'ROUNDNESS', 'ROOF_MM', 'SCANNERS', 
            'paint_deep', 'paint_vessels', 'paint_dura', 'blob_shares', 'paint_blobs', 'Slice', 'Patient',
            'slice_affine', 'draw_anatomy', 'paint_inside', 'acquire', 'lesion_mask', 'brain_truth', 'make_slice', 'uid',
            'study_header', 'store_pixels', 'image_dataset', 'write_dicom', 'is_positive', 'choose_slices', 'truth_row',
-           'slice_id', 'Cohort', 'write_patient', 'write_tables', 'is_complete', 'open_partial', 'make_cohort']
+           'slice_id', 'Cohort', 'write_patient', 'write_tables', 'is_complete', 'open_partial', 'written',
+           'make_cohort']
 
 # %% ../nbs/00a_phantom.ipynb #40a77783
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -1315,6 +1317,28 @@ def open_partial(
     (partial / "cohort.json").write_text(json.dumps(asdict(cohort), indent=1))
     return partial
 
+
+def written(
+    folder: Path, # to make
+    cohort: Cohort, # what it will hold
+    patient: Callable[[Path, Cohort, int], None], # writes the files of one patient, unless they are there
+    tables: Callable[[Path, Cohort], None], # writes what is told of all patients
+    jobs: int | None, # processes, by default one per core
+    bar: str | None, # what the progress bar is called; None: there is none
+) -> Path: # the folder
+    "A cohort, found, finished or made; whole or not there."
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):  # a second process waits, then finds the cohort complete
+        if is_complete(folder, cohort): return folder
+        partial = open_partial(folder, cohort)
+        work = joblib.Parallel(jobs or joblib.cpu_count(), return_as="generator")(
+            joblib.delayed(patient)(partial, cohort, i) for i in range(cohort.n_patients))
+        for _ in tqdm(work, bar, cohort.n_patients, unit="patient", mininterval=2, disable=bar is None): pass
+        tables(partial, cohort)
+        if folder.exists(): folder.rmdir()  # empty
+        partial.rename(folder)
+    return folder
+
 # %% ../nbs/00a_phantom.ipynb #597d994f
 def make_cohort(
     folder: str | Path, # to make
@@ -1330,16 +1354,5 @@ def make_cohort(
     progress: bool = True, # show a bar
 ) -> Path:
     "Write a cohort: CTs, labels1.csv, masks, truth.csv and cohort.json. The same arguments give the same files."
-    folder = Path(folder)
     cohort = Cohort(n_patients, seed, difficulty, layout, slices_per_patient, positive, lesions, transfer_syntax)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):  # a second process waits, then finds the cohort complete
-        if is_complete(folder, cohort): return folder
-        partial = open_partial(folder, cohort)
-        work = joblib.Parallel(jobs or joblib.cpu_count(), return_as="generator")(
-            joblib.delayed(write_patient)(partial, cohort, i) for i in range(n_patients))
-        for _ in tqdm(work, "phantom", n_patients, unit="patient", mininterval=2, disable=not progress): pass
-        write_tables(partial, cohort)
-        if folder.exists(): folder.rmdir()  # empty
-        partial.rename(folder)
-    return folder
+    return written(Path(folder), cohort, write_patient, write_tables, jobs, "phantom" if progress else None)
