@@ -8,7 +8,7 @@ __all__ = ['SCHEME', 'STATEMENT', 'METASTASIS', 'DECISIONS', 'TRIAGE', 'SCORE', 
            'NARROWEST_PX', 'WARNING', 'WORDS', 'SLIGHT', 'SNAKE', 'decision_code', 'uid', 'source', 'geometry',
            'summary', 'report', 'tree', 'captioned', 'directions', 'capture', 'write']
 
-# %% ../nbs/09b_dicom.ipynb #ceb2387f
+# %% ../nbs/09b_dicom.ipynb #d72a9425
 import json
 import os
 import shutil
@@ -33,7 +33,7 @@ from pydicom import Dataset, config, dcmread
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 from pydicom.uid import UID
-from pydicom.valuerep import validate_value
+from pydicom.valuerep import DA, validate_value
 
 from .preprocess import known
 
@@ -74,7 +74,7 @@ def uid(
     "A UID below 2.25, the same for the same parts."
     return UID(f"2.25.{uuid5(NAMESPACE, json.dumps(parts, default=str)).int}")
 
-# %% ../nbs/09b_dicom.ipynb #dd2f1658
+# %% ../nbs/09b_dicom.ipynb #779c8c54
 NEEDED = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID")
 SHARED = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "AccessionNumber", "StudyID",
           "ReferringPhysicianName")  # may be empty, never absent
@@ -94,6 +94,7 @@ def _sound(
         element = header[keyword]
         for value in element.value if element.VM > 1 else [element.value]:
             validate_value(element.VR, str(value) if element.VR in ("PN", "IS", "DS", "UI") else value, config.RAISE)
+            if element.VR == "DA": DA(str(value))  # 30 February has the form of a date
         if keyword in (*SHARED, *NEEDED) and element.VM > 1: return None
         if keyword == "PatientSex" and element.value not in ("M", "F", "O"): return None
         return str(element.value) if element.VR == "PN" else element.value if element.VM else None
