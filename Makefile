@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 # Threads that wait by spinning make training many times slower when anything else is running beside it.
 export GOMP_SPINCOUNT ?= 0
 
-.PHONY: train test lab export clean
+.PHONY: train test slow lab export clean
 
 train: $(READY)
 	@mkdir -p outputs
@@ -20,7 +20,11 @@ train: $(READY)
 test: $(READY)
 	$(BIN)/ruff check
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --skip_file_re '^(05_train|20_compare)' --n_workers 2
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
+
+# What takes too long to be asked for at every change: whole trainings, networks at their published size, several devices together.
+slow: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist load -m slow
 
 lab: $(READY)
 	$(BIN)/jupyter lab nbs

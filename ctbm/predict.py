@@ -366,7 +366,7 @@ def typed(
     "These columns, in this order, each of its type."
     return table.reindex(columns=list(columns)).astype(columns).reset_index(drop=True)
 
-# %% ../nbs/09_predict.ipynb #102bd384
+# %% ../nbs/09_predict.ipynb #8f02c48d
 def slice_table(
     made: Bundle,
     found: Source,
@@ -523,13 +523,14 @@ def finished(
     facts = {"run": made.name, "model_sha256": made.sha256, "version": version("ctbm")}
     return Prediction(typed(studies.assign(**facts), STUDIES), typed(slices, SLICES))
 
-# %% ../nbs/09_predict.ipynb #c1cc91bc
+# %% ../nbs/09_predict.ipynb #353c5076
 def load(
     run: str | Path,  # a finished run, or a bundle (folder or .zip)
     **options: Any,  # fields of `Options`
 ) -> Predictor:
     "Open a run for prediction."
     for name in options: known("option", name, Options.__dataclass_fields__)
+    if runs.draws_masks(run): raise ValueError(f"{run} draws masks on volumes: use `contours.load`, or `ctbm predict`")
     return Predictor(bundle.load(run), Options(**options))
 
 # %% ../nbs/09_predict.ipynb #2dd81505

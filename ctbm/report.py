@@ -6,20 +6,20 @@
 __all__ = ['FILES', 'MAYBE', 'TOLD', 'UNSAID', 'TEXTS', 'LADDER', 'MEASURES', 'FEW', 'BROAD', 'DROP', 'GRID', 'SAID', 'FIGURES',
            'VAGUE', 'GOES_ON', 'CURVES', 'POOLED', 'FITS', 'INTENSE', 'TEXTURED', 'THOUSAND', 'EXPECTED', 'ZONED',
            'PROMISED', 'OUTCOMES', 'FROM_SLICES', 'BESIDE', 'FEW_SAID', 'PATHS', 'LEFT_OUT', 'FLAGS', 'SCALED', 'PARTS',
-           'CLAIM_SOURCE', 'TRIPOD_SOURCE', 'COLOURS', 'load', 'evidence', 'samples', 'flow', 'parts', 'sizes',
-           'joined', 'columns', 'characteristics', 'counted', 'plain', 'scored', 'operated', 'calibrated', 'patients',
-           'levels', 'numbers', 'shifted', 'grouped', 'beside_everyone', 'limitations', 'more_limitations',
-           'triage_remarks', 'outside', 'shift_names', 'on_grid', 'plot_curve', 'plot_flow', 'flow_picture',
-           'plot_shift', 'plot_history', 'monitors', 'figures_table', 'summary', 'trained_on', 'split_text', 'verdicts',
-           'transfer', 'headers_text', 'canary', 'data', 'leaks', 'training', 'network_text', 'checkpoint_rows',
-           'pool_text', 'draw_text', 'sampling_text', 'image_text', 'augmentation_text', 'loss_text', 'batch_text',
-           'chooser', 'stage_text', 'body_text', 'weights_text', 'trains', 'discrimination', 'tradeoff', 'operating',
-           'calibrating', 'deciding', 'triage_blocks', 'pooling', 'pooling_rows', 'pool_of_bags', 'groups', 'few',
-           'group_rows', 'shift_rows', 'errors', 'limits', 'command', 'reproducing', 'found_in_files', 'facts',
-           'facts_of_data', 'windows_text', 'balance_text', 'facts_of_split', 'facts_of_result', 'pooled_text',
-           'training_text', 'arranged', 'sections', 'write', 'listed', 'shared', 'paired', 'versus', 'compared',
-           'pairs_table', 'named', 'side_by_side', 'differences', 'settings', 'unlike', 'comparison', 'scores_of',
-           'compared_section', 'pairs_said', 'plot_curves', 'plot_pairs', 'compare']
+           'CLAIM_SOURCE', 'TRIPOD_SOURCE', 'COLOURS', 'load', 'finished', 'lacking', 'evidence', 'samples', 'flow',
+           'parts', 'sizes', 'joined', 'columns', 'characteristics', 'counted', 'plain', 'scored', 'operated',
+           'calibrated', 'patients', 'levels', 'numbers', 'prevalence_of', 'shifted', 'grouped', 'beside_everyone',
+           'limitations', 'more_limitations', 'triage_remarks', 'outside', 'shift_names', 'on_grid', 'plot_curve',
+           'plot_flow', 'flow_picture', 'plot_shift', 'plot_history', 'monitors', 'figures_table', 'summary',
+           'trained_on', 'split_text', 'verdicts', 'transfer', 'headers_text', 'canary', 'data', 'leaks', 'training',
+           'network_text', 'checkpoint_rows', 'pool_text', 'draw_text', 'sampling_text', 'image_text',
+           'augmentation_text', 'loss_text', 'batch_text', 'chooser', 'stage_text', 'body_text', 'weights_text',
+           'trains', 'discrimination', 'tradeoff', 'operating', 'calibrating', 'deciding', 'triage_blocks', 'pooling',
+           'pooling_rows', 'pool_of_bags', 'groups', 'few', 'group_rows', 'shift_rows', 'errors', 'limits', 'command',
+           'reproducing', 'found_in_files', 'facts', 'facts_of_data', 'windows_text', 'balance_text', 'facts_of_split',
+           'facts_of_result', 'pooled_text', 'training_text', 'arranged', 'sections', 'write', 'listed', 'shared',
+           'paired', 'versus', 'compared', 'pairs_table', 'named', 'side_by_side', 'differences', 'settings', 'unlike',
+           'comparison', 'scores_of', 'compared_section', 'pairs_said', 'plot_curves', 'plot_pairs', 'compare']
 
 # %% ../nbs/07a_report.ipynb #42cdbe40
 import hashlib
@@ -42,7 +42,7 @@ from .page import BLUE, GREEN, RED, SIDE, WIDE, Figure, Section, Table, Text, in
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# %% ../nbs/07a_report.ipynb #8ef6dada
+# %% ../nbs/07a_report.ipynb #3604e84d
 FILES = {  # what every finished run holds
     "manifest": "manifest.json", "config": "effective_config.json", "asked": "run_args.json", "model": "model.json",
          "checks": "features_checks_summary.json",
@@ -57,7 +57,8 @@ MAYBE = {"shifts": "shifts.csv", "errors": "errors.csv", "pictures": "errors.png
 TOLD = {"manufacturer": "manufacturer", "kernel": "kernel", "thickness_mm": "thickness (mm)",
         "tilt_deg": "tilt (°)"}  # headers that differ from scanner to scanner
 UNSAID = {"mask": "none", "intensity": "window", "texture": "none", "hidden": 0, "continuous": False}  # where a run is older than these
-TEXTS = {"id": str, "patient": str, "slice_id": str, "top_slice": str, "slice_a": str, "slice_b": str, "patient_a": str, "patient_b": str}
+TEXTS = {"id": str, "patient": str, "slice_id": str, "top_slice": str, "slice_a": str, "slice_b": str, "patient_a": str, "patient_b": str,
+         "case": str, "series": str, "sha": str}
 
 
 def load(
@@ -71,24 +72,40 @@ def load(
     try: return pd.read_csv(path, dtype=TEXTS, keep_default_na=False, na_values=[""])
     except pd.errors.EmptyDataError: return DataFrame()
 
-# %% ../nbs/07a_report.ipynb #9fca4ad3
-def evidence(
-    run: str | Path,  # a finished run
-) -> SimpleNamespace:  # an attribute for each name in FILES and MAYBE; `folder`; `scores` ("out-of-fold" or "validation"); `samples`; and
-    # `unit`: what is scored, "slices" or "patients"
-    "Everything that a run left behind and that the report needs."
+# %% ../nbs/07a_report.ipynb #d918457f
+def finished(
+    run: str | Path,
+) -> Path:
+    "The folder of a finished run; `FileNotFoundError` for what is none."
     folder = Path(run)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no run folder {folder}; `ctbm train` makes one")
     if folder.name.endswith(runs.PARTIAL):
         raise FileNotFoundError(f"{folder} is not finished: `ctbm train --resume {folder}` goes on, and the report follows")
+    return folder
+
+
+def lacking(
+    folder: Path,  # a run
+    gone: list[str],  # what it should hold
+    manifest: dict[str, Any] | None,
+) -> FileNotFoundError:
+    "What is missing, and what to do about it."
+    made = (manifest or {}).get("versions", {}).get("ctbm", "an unknown version")
+    return FileNotFoundError(f"{folder} has no {', '.join(gone)}, without which there is no report. It was made by ctbm {made}: "
+                             "if files were moved or deleted put them back, if the version is older train again")
+
+# %% ../nbs/07a_report.ipynb #f502d3a6
+def evidence(
+    run: str | Path,  # a finished run
+) -> SimpleNamespace:  # an attribute for each name in FILES and MAYBE; `folder`; `scores` ("out-of-fold" or "validation"); `samples`; and
+    # `unit`: what is scored, "slices" or "patients"
+    "Everything that a run left behind and that the report needs."
+    folder = finished(run)
     found = {name: load(folder / file) for name, file in (FILES | MAYBE).items()}
     gone = [FILES[name] for name in FILES if found[name] is None]
     gone += [f"{name} in {FILES['config']}" for name in ("monitor", "fit") if name not in (found["config"] or {"monitor", "fit"})]
-    if gone:
-        made = (found["manifest"] or {}).get("versions", {}).get("ctbm", "an unknown version")
-        raise FileNotFoundError(f"{folder} has no {', '.join(gone)}, without which there is no report. It was made by ctbm {made}: "
-                                "if files were moved or deleted put them back, if the version is older train again")
+    if gone: raise lacking(folder, gone, found["manifest"])
     found["test"] = found["test"].rename(columns={"prob": "score"})
     found["config"] |= {name: value for name, value in UNSAID.items() if name not in found["config"]}
     unit = runs.unit(found["model"])
@@ -264,16 +281,13 @@ def levels(
     oof, test = (evaluate.pool(rows, e.pooled["pooling"]) for rows in (e.oof, e.test))
     return own | {"patients": (oof, test, e.pooled["operating_point"]["threshold"])}
 
-# %% ../nbs/07a_report.ipynb #76b0ebee
+# %% ../nbs/07a_report.ipynb #9b408f9d
 def numbers(
     e: SimpleNamespace,  # from `evidence`
     prevalence: float | None = None,  # where the model is to be used; None: what the run was told
 ) -> dict[str, Any]:  # everything that the report shows
     "Every number of the report."
-    prevalence = prevalence if prevalence is not None else e.config.get("prevalence")
-    if prevalence is not None and not 0 < prevalence < 1:
-        raise ValueError(f"prevalence is {prevalence}; give a share of positives above 0 and below 1, such as 0.05")
-    own = scored(e)
+    prevalence, own = prevalence_of(e, prevalence), scored(e)
     n = {"run": e.folder.name, "created": e.manifest["created"], "version": e.manifest["versions"]["ctbm"], "scores": e.scores,
          "unit": e.unit, "random_labels": bool(e.audit["random_labels"]),
          "flow": flow(e), "audit": e.audit | {"kinds": e.links.kind.value_counts().to_dict() if len(e.links) else {}}, e.unit: own,
@@ -282,6 +296,14 @@ def numbers(
          "patients": patients(e, own), "groups": {e.scores: grouped(e, e.oof), "test": grouped(e, e.test)},
          "shifts": shifted(e, own["figures"]["test"])}
     return n | {"limitations": limitations(e, n)}
+
+
+def prevalence_of(e: SimpleNamespace, prevalence: float | None) -> float | None:
+    "The share of positives where the model is to be used, as asked now or told to the run; `ValueError` for what is no share."
+    prevalence = prevalence if prevalence is not None else e.config.get("prevalence")
+    if prevalence is not None and not 0 < prevalence < 1:
+        raise ValueError(f"prevalence is {prevalence}; give a share of positives above 0 and below 1, such as 0.05")
+    return prevalence
 
 
 def shifted(e: SimpleNamespace, whole: dict[str, dict]) -> DataFrame | None:
@@ -1216,7 +1238,7 @@ def training_text(e: SimpleNamespace) -> str:
     each = [f"{s}: at most {c[f'epochs_{s}']} epochs at {c[f'lr_{s}']:g}" for s in stages]
     return f"loss {loss_text(e)}; {c['optimizer']}, batch of {batch_text(e)}; " + ", then ".join(each)
 
-# %% ../nbs/07a_report.ipynb #2561e461
+# %% ../nbs/07a_report.ipynb #af824b94
 PARTS = (summary, data, leaks, training, discrimination, operating, calibrating, deciding, pooling, groups, errors, limits, reproducing)
 CLAIM_SOURCE = "Tejani et al., CLAIM: 2024 Update, Radiology: Artificial Intelligence 2024;6(4):e240300"
 TRIPOD_SOURCE = "Collins et al., TRIPOD+AI statement, BMJ 2024;385:e078378"
@@ -1243,16 +1265,22 @@ def sections(
     prevalence: float | None = None,  # share of positives where the model is to be used; None: what the run was told
 ) -> list[Section]:
     "The report as sections, for a notebook."
+    if runs.draws_masks(run):
+        from ctbm import regions
+        return regions.sections(run, prevalence)
     e = evidence(run)
     n = numbers(e, prevalence)
     return arranged(e, n, facts(e, n))
 
-# %% ../nbs/07a_report.ipynb #1b7086e9
+# %% ../nbs/07a_report.ipynb #f59a0270
 def write(
     run: str | Path,  # a finished run folder; the report is written into it
     prevalence: float | None = None,  # share of positives where the model is to be used; None: what the run was told
 ) -> Path:  # report.html
     "Write report.html, report.json, model_card.md and the two checklists."
+    if runs.draws_masks(run):
+        from ctbm import regions
+        return regions.write(run, prevalence)
     e = evidence(run)
     n = numbers(e, prevalence)
     said = facts(e, n)
@@ -1472,13 +1500,16 @@ def plot_pairs(
     ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel=f"score of {names[0]}", ylabel=f"score of {names[1]}")
     ax.legend(loc="upper left")
 
-# %% ../nbs/07a_report.ipynb #175fe57c
+# %% ../nbs/07a_report.ipynb #db1d9ce4
 def compare(
     run_a: str | Path,  # a finished run folder
     run_b: str | Path,  # another one, with the same test set
     out: str | Path | None = None,  # the HTML file; None: beside the runs
 ) -> Path:  # the HTML file
     "Write a comparison of two runs on the same test set."
+    if runs.draws_masks(run_a) or runs.draws_masks(run_b):
+        from ctbm import regions
+        return regions.compare(run_a, run_b, out)
     a, b = evidence(run_a), evidence(run_b)
     out = Path(out) if out else a.folder.absolute().parent / f"compare_{a.folder.name}_{b.folder.name}.html"
     loud = [Section("Control run", "control",

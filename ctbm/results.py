@@ -96,7 +96,7 @@ def write_calibration(
 
 NOT_CROSS_FITTED = "too few validation patients of a class to calibrate each other; only the test set says how well the calibration fits"
 
-# %% ../nbs/07c_results.ipynb #7aaa88d7
+# %% ../nbs/07c_results.ipynb #2c47bf86
 def write_patients(
     run: Path,
     oof: DataFrame,  # patient, fold, label, score
@@ -104,13 +104,13 @@ def write_patients(
     remarks: Sequence[str] = (),  # what a reader should know besides
 ) -> None:
     "patients.json: how slices become a patient, and what is then decided."
-    how, whole = recipe.decision, recipe.kind == "bag"
+    how, whole = recipe.decision, recipe.kind != "slice"
     rule = recipe.rule if whole else replace(recipe.rule, prevalence=None)  # which was that of slices
     pooled = oof if whole else evaluate.pool(oof, how.pooling)
     cuts, y = thresholds.candidates(pooled.score, rule.threshold_candidates), pooled.label.to_numpy()
     both = 0 < y.sum() < len(y)
     runs.write_json(run / "patients.json", {
-        "pooling": recipe.bag.bag_pooling if whole else how.pooling, "patients": len(y), "positive": int(y.sum()),
+        "pooling": recipe.bag.bag_pooling if recipe.kind == "bag" else how.pooling, "patients": len(y), "positive": int(y.sum()),
         "operating_point": thresholds.select(thresholds.summary(thresholds.table(pooled, thresholds=cuts, beta=rule.fbeta)), rule),
         "calibration": calibration.fit(how.calibration, y, pooled.score.to_numpy()) if both else None,
         "triage": decision.triage(y, pooled.score, pooled.patient, how.miss_level, how.false_alarm_level),

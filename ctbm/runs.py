@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTIAL', 'PACKAGES', 'SIZES', 'project_root', 'whole', 'write_json', 'read_json', 'write_table', 'save_figure',
-           'start', 'finish', 'latest', 'manifest', 'git_commit', 'scores_name', 'unit', 'describe', 'line']
+           'start', 'finish', 'latest', 'manifest', 'git_commit', 'scores_name', 'unit', 'draws_masks', 'describe',
+           'of_masks', 'of_decision', 'line']
 
 # %% ../nbs/04c_runs.ipynb #3d6e8747
 import json
@@ -125,8 +126,9 @@ def latest(
         raise FileNotFoundError(f"no finished run in {outputs}; `make train` or `ctbm train` makes one")
     return runs[-1]
 
-# %% ../nbs/04c_runs.ipynb #1f7ed622
-PACKAGES = ("ctbm", "torch", "torchvision", "timm", "lightning", "pydicom", "numpy", "pandas", "scikit-learn", "opencv-python-headless")
+# %% ../nbs/04c_runs.ipynb #07f283f2
+PACKAGES = ("ctbm", "torch", "torchvision", "timm", "lightning", "pydicom", "numpy", "pandas", "scikit-learn", "opencv-python-headless",
+            "monai", "SimpleITK", "nibabel", "highdicom")
 
 
 def manifest(
@@ -149,7 +151,7 @@ def git_commit() -> str | None:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     return subprocess.run(command, cwd=here, capture_output=True, text=True).stdout.strip() or None
 
-# %% ../nbs/04c_runs.ipynb #59140d12
+# %% ../nbs/04c_runs.ipynb #40c1fe61
 def scores_name(
     k_folds: int,  # 1: a single split into training, validation and test
 ) -> str:
@@ -161,7 +163,15 @@ def unit(
     model: dict,  # model.json
 ) -> str:
     "What the network scores."
-    return "patients" if model.get("kind") == "bag" else "slices"
+    return "patients" if model.get("kind") in ("bag", "volume") else "slices"
+
+
+def draws_masks(
+    run: str | Path,
+) -> bool:
+    "Whether a folder is a finished run of a recipe of volumes."
+    path = Path(run) / "model.json"
+    return path.is_file() and read_json(path).get("kind") == "volume"
 
 
 def describe(
@@ -169,22 +179,48 @@ def describe(
 ) -> str:
     "A run's figures in a few lines."
     run = Path(run)
-    if run.suffix == PARTIAL or not (run / "test_metrics.json").is_file():
+    masks, decided = ((run / f"{name}.json").is_file() for name in ("segmentation", "test_metrics"))
+    if run.suffix == PARTIAL or not (masks or decided):
         raise FileNotFoundError(f"{run} is not a finished run: it has no test_metrics.json")
-    test, cv, chosen = (read_json(run / f"{name}.json") for name in ("test_metrics", "cv_metrics", "threshold_selection"))
-    made, how = read_json(run / "effective_config.json"), chosen["strategy"] + ", fallback" * chosen["fallback"]
-    canary = (run / "audit.json").is_file() and read_json(run / "audit.json")["random_labels"]
+    made, audit = (read_json(run / f"{name}.json") if (run / f"{name}.json").is_file() else {} for name in ("effective_config", "audit"))
+    canary = audit.get("random_labels")
     lines = ["RANDOM LABELS: a canary; figures above chance, with one seed after another, mean a leak"] if canary else []
-    lines += [f"run       {run}", f"recipe    {made['recipe']}, {made['backbone']}, scale {made['scale']}, seed {made['seed']}",
-              f"threshold {chosen['threshold']:.4g} ({how}), from {scores_name(made['k_folds'])} scores"]
+    network = made["network" if "network" in made else "backbone"]
+    lines += [f"run       {run}", f"recipe    {made['recipe']}, {network}, scale {made['scale']}, seed {made['seed']}"]
+    lines += of_masks(read_json(run / "segmentation.json")) if masks else []
+    lines += of_decision(run, made) if decided else ["no decision for patients: all of a side are of one class"]
+    return "\n".join(lines + [f"report    {run / 'report.html'}"] * (run / "report.html").is_file())
+
+
+def of_masks(
+    told: dict[str, dict],  # segmentation.json: a summary for each side, and `baseline`, the same of a threshold
+) -> list[str]:
+    "What the masks come to, beside those of a threshold."
+    lines, names = [], ("dice", "lesion_sensitivity", "false_positives", "hd95_mm")
+    for side, found in ((side, found) for side, found in told.items() if side != "baseline"):
+        lines.append(f"{side}, masks ({found['cases']} volumes of {found['patients']} patients, {found['positive']} with metastases, "
+                     f"{found['lesions']} lesions)")
+        lines += [f"  {name:18} {line(found['figures'][name])}" for name in names]
+        lines.append(f"  beside it, fixed-threshold baseline: dice {line(told['baseline'][side]['figures']['dice'])}")
+    return lines
+
+
+def of_decision(
+    run: Path,
+    made: dict[str, Any],  # effective_config.json
+) -> list[str]:
+    "The operating point, and what the scores come to."
+    test, cv, chosen = (read_json(run / f"{name}.json") for name in ("test_metrics", "cv_metrics", "threshold_selection"))
+    how, ranking, name = chosen["strategy"] + ", fallback" * chosen["fallback"], ("roc_auc", "auprc"), scores_name(made["k_folds"])
+    lines = [f"threshold {chosen['threshold']:.4g} ({how}), from {name} scores"]
     lines += [f"          {remark}" for remark in chosen.get("remarks", [])]
-    ranking, name = ("roc_auc", "auprc"), scores_name(made["k_folds"])
-    size = SIZES[unit(read_json(run / "model.json"))]
+    model = read_json(run / "model.json")
+    size, simple = SIZES[unit(model)], "fixed-threshold" if model.get("kind") == "volume" else "grey-histogram"
     for title, found, names in ((name, cv, ranking), ("test", test | {"oof": test["figures"]}, tuple(test["figures"]))):
         lines.append(f"{title} ({size.format(**found['oof']['roc_auc'])})")
         lines += [f"  {name:17} {line(found['oof'][name])}" for name in names]
-        lines += [f"  beside it, grey-histogram baseline: {name} {line(found['baseline'][name])}" for name in ranking]
-    return "\n".join(lines + [f"report    {run / 'report.html'}"] * (run / "report.html").is_file())
+        lines += [f"  beside it, {simple} baseline: {name} {line(found['baseline'][name])}" for name in ranking]
+    return lines
 
 
 SIZES = {"slices": "{slices} slices of {patients} patients, {positive} slices positive",

@@ -102,12 +102,18 @@ def test_floors():
     "Files and pixels know nothing of torch; importing the package costs nothing; no module names a higher floor."
     light = "import ctbm.sources, ctbm.cohort, ctbm.preprocess, ctbm.phantom, ctbm.pack, ctbm.viewer, ctbm.cli"
     code = f"import sys, ctbm; assert 'numpy' not in sys.modules; {light}; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-    floors = [{"cohort", "brain", "preprocess", "phantom", "viewer", "sources", "lung", "windowed", "chest"}, {"pack", "quality"},
+    slow = "{'torch', 'monai', 'SimpleITK', 'matplotlib.pyplot'}"
+    volumes = f"import ctbm.volumetric, ctbm.lesions, ctbm.seg; assert not {slow} & set(sys.modules)"
+    road = "import ctbm.train, ctbm.contours; assert not {'monai', 'SimpleITK'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", f"{code}; {volumes}; {road}"], check=True, cwd=ROOT)
+    floors = [{"cohort", "brain", "preprocess", "phantom", "viewer", "sources", "lung", "windowed", "chest",
+               "volumes"}, {"pack", "quality", "volumetric"},
               {"datasets", "models", "losses", "audit", "thresholds", "calibration", "decision", "evaluate", "failures", "page",
-               "checklists", "checkpoints", "runs", "reference", "pooling", "bags", "texture", "curves", "siamese", "selection"},
-              {"recipes", "instruments", "learning", "choosing", "patient", "bundle"},
-              {"train", "eda", "results", "report", "predict", "explain", "export", "dicom"}, {"cli"}]
+               "checklists", "checkpoints", "runs", "reference", "pooling", "bags", "texture", "curves", "siamese", "selection",
+               "patches", "networks", "overlap", "lesions"},
+              {"recipes", "jobs", "instruments", "learning", "choosing", "patient", "bundle"},
+              {"train", "eda", "results", "report", "predict", "explain", "export", "dicom", "seg", "contours", "segment",
+               "regions"}, {"cli"}]
     seen, height = set(), {name: i for i, floor in enumerate(floors) for name in floor}
     for path in (ROOT / "ctbm").glob("[a-z]*.py"):
         imports = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]

@@ -96,6 +96,7 @@ def test_prediction_repeats_the_test_set_and_writes_the_published_columns(bag_ru
     assert predict.load(bag_run)(alone).score.tolist() == [test.prob[first.patient.iloc[0]]], "one patient folder"
 
 
+@pytest.mark.slow
 def test_learned_pooling_with_folds_quality_and_texture(place, bag_folder, tmp_path):
     "Attention, two folds, faulty slices left out, texture altered: scored, predicted with every fold's own pool, exported."
     from ctbm import export
