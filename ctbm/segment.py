@@ -271,7 +271,7 @@ def memory_advice(
 
 # %% ../nbs/12_segment.ipynb #d439282c
 def probability(
-    network_s: list[Module],  # whose answers are averaged
+    members: list[Module],  # whose answers are averaged
     prepared: Prepared,
     recipe: VolumeRecipe,
 ) -> np.ndarray:  # float32[x, y, z] on the grid of the source
@@ -279,7 +279,7 @@ def probability(
     place = learning.device()
     image = torch.from_numpy(np.array(prepared.image, np.float32))[None].to(place)
     with torch.no_grad(), memory_advice(recipe):
-        found = sum(slide(network.to(place), image, recipe) for network in network_s) / len(network_s)
+        found = sum(slide(network.to(place), image, recipe) for network in members) / len(members)
     return volumetric.restore(found[0, 0].cpu().numpy(), prepared)
 
 

@@ -217,9 +217,9 @@ def test_networks_are_compared_on_the_same_volumes(place, monkeypatch):
 def test_two_real_tumours_are_learnt_by_heart(data, tmp_path):
     "The same volumes are learnt from and drawn, so that Dice says that everything fits together."
     table = volumes.find(data / "mri_tumour_label")
-    values = {"recipe": "segment", "scale": "demo", "modality": "mr", "skull": "none", "bias": False, "spacing_mm": [1.2, 1.2, 6.5],
-              "patch_size": [64, 64, 16], "batch_size": 1, "epochs": 200, "validate_every": 20, "lr": 5e-3, "flip3_p": 0.0,
-              "positive_weight": 2.0, "scale_intensity": 0.0, "shift_intensity": 0.0, "precision": "32"}
+    values = {"recipe": "segment", "scale": "demo", "modality": "mr", "skull": "none", "bias": False, "spacing_mm": [1.5, 1.5, 6.5],
+              "patch_size": [64, 64, 16], "batch_size": 1, "epochs": 300, "validate_every": 25, "lr": 5e-3, "flip3_p": 0.0,
+              "positive_weight": 3.0, "scale_intensity": 0.0, "shift_intensity": 0.0, "precision": "32"}
     recipe = segment.settled(jobs.plan(values)[1], table)
     ready = volumetric.build(table, recipe.volumetric, tmp_path / "packs", 1).assign(fold=0)
     (tmp_path / "fit").mkdir()
