@@ -16,10 +16,11 @@ train: $(READY)
 	@$(BIN)/ctbm show
 
 # The notebooks' own laws, then what crosses them. 05_train is the job itself, 20_compare does it several times: the tests run them
-# through papermill, with small settings.
+# through papermill, with small settings. Both processors are busy with notebooks, and processes that a notebook starts would be waited for at
+# the end, five minutes: notebooks read files one by one.
 test: $(READY)
 	$(BIN)/ruff check
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --skip_file_re '^(05_train|20_compare)' --n_workers 2
+	OMP_NUM_THREADS=1 LOKY_MAX_CPU_COUNT=1 $(BIN)/nbdev_test --skip_file_re '^(05_train|20_compare)' --n_workers 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
 
 # What takes too long to be asked for at every change: whole trainings, networks at their published size, several devices together.
