@@ -129,7 +129,8 @@ def test_grid_of_the_second_recipe_is_ranked_by_what_it_monitors(workplace, monk
 
 @pytest.mark.parametrize("recipe", recipes.RECIPES)
 def test_candidates_of_a_grid_share_one_pack(recipe):
-    assert len({recipes.resolve(recipe, candidate=name).preprocess for name in recipes.GRIDS[recipe]}) == 1
+    pixels = "volumetric" if recipes.RECIPES[recipe].kind == "volume" else "preprocess"
+    assert len({getattr(recipes.resolve(recipe, candidate=name), pixels) for name in recipes.GRIDS[recipe]}) == 1
 
 
 def test_run_is_not_resumed_as_another_recipe(workplace, tmp_path, monkeypatch):
