@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from ctbm import cli, jobs, lesions, recipes, report, runs, segment, train, volumes, volumetric
-from tests.conftest import ROOT, once
+from tests.conftest import ROOT, once, papermill
 
 TINY = {"recipe": "segment", "scale": "demo", "skull": "none", "bias": False, "spacing_mm": None, "width": 4, "levels": 3,
         "patch_size": [16, 16, 16], "epochs": 2, "lr": 0.01, "precision": "32", "num_workers": 1, "report": False}
@@ -231,3 +231,12 @@ def test_two_real_tumours_are_learnt_by_heart(data, tmp_path):
         assert image.GetSize() == mask.GetSize() and np.allclose(image.GetOrigin(), mask.GetOrigin(), atol=1e-3)
         assert np.allclose(image.GetSpacing(), mask.GetSpacing()) and np.allclose(image.GetDirection(), mask.GetDirection(), atol=1e-6)
         assert np.array_equal(np.asarray(nib.load(tmp_path / f"{row.case}.nii.gz").dataobj), sitk.GetArrayFromImage(mask).T)
+
+
+@pytest.mark.slow
+def test_papermill_runs_the_recipe_of_volumes(place, tmp_path):
+    values = {name: value for name, value in place.items() if name not in ("recipe", "outputs")}
+    words = ["-p", "recipe", "segment", "-p", "outputs", str(tmp_path / "outputs"), "-y", json.dumps(values | {"k_folds": 1})]
+    done = papermill(tmp_path, *words)
+    assert done.returncode == 0, done.stderr
+    assert runs.read_json(runs.latest(tmp_path / "outputs") / "effective_config.json")["network"] == "unet"
