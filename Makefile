@@ -8,24 +8,28 @@ READY := $(VENV)/.ready
 # Threads that wait by spinning make training many times slower when anything else is running beside it.
 export GOMP_SPINCOUNT ?= 0
 
-.PHONY: train test slow lab export clean
+.PHONY: train test slow docs lab export clean
 
 train: $(READY)
 	@mkdir -p outputs
 	$(BIN)/papermill nbs/05_train.ipynb outputs/05_train.ipynb -p backbone resnet18 --log-output --no-progress-bar
 	@$(BIN)/ctbm show
 
-# The notebooks' own laws, then what crosses them. 05_train is the job itself, 20_compare does it several times: the tests run them
-# through papermill, with small settings. Both processors are busy with notebooks, and processes that a notebook starts would be waited for at
-# the end, five minutes: notebooks read files one by one.
+# The notebooks' own laws, each notebook run by papermill in a kernel of its own; then what crosses them. 05_train is the job itself, 20_compare
+# does it several times: the tests run them with small settings. Both processors are busy with notebooks, so that these read files one by one.
 test: $(READY)
 	$(BIN)/ruff check
-	OMP_NUM_THREADS=1 LOKY_MAX_CPU_COUNT=1 $(BIN)/nbdev_test --skip_file_re '^(05_train|20_compare)' --n_workers 2
+	$(BIN)/python .ci/tools.py
+	OMP_NUM_THREADS=1 LOKY_MAX_CPU_COUNT=1 $(BIN)/python .ci/notebooks.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
 
 # What takes too long to be asked for at every change: whole trainings, networks at their published size, several devices together.
 slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist load -m slow
+
+# The site, from registry packages alone; fails on a broken link, a missing picture, a name that is not there.
+docs: $(READY)
+	$(BIN)/python .ci/docs/build.py
 
 lab: $(READY)
 	$(BIN)/jupyter lab nbs
@@ -37,7 +41,7 @@ export: $(READY)
 	$(BIN)/python .ci/readme.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache _docs _proc
 
 $(READY): constraints.txt settings.ini setup.py pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ctbm needs Python 3.11 or later: make PYTHON=/path/to/python3.11")'

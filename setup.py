@@ -8,6 +8,7 @@ here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf8")
 cfg = config["DEFAULT"]
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("docs", "loggers", "export")}
 
 setup(
     name=cfg["lib_name"],
@@ -28,9 +29,9 @@ setup(
         "Topic :: Scientific/Engineering :: Medical Science Apps.",
     ],
     packages=find_packages(include=["ctbm", "ctbm.*"]),
+    package_data={"ctbm": ["*.js"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": f"{cfg['dev_requirements']} {cfg['loggers_requirements']} {cfg['export_requirements']}".split(),
-                    "loggers": cfg["loggers_requirements"].split(), "export": cfg["export_requirements"].split()},
+    extras_require=extras | {"dev": sum(extras.values(), cfg["dev_requirements"].split())},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
 )

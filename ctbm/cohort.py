@@ -12,7 +12,6 @@ __all__ = ['CT_CLASSES', 'SECONDARY_CAPTURE', 'JPEG', 'LOSSY_JPEG', 'APPROXIMATE
 # %% ../nbs/00_cohort.ipynb #5831b755
 import codecs
 import os
-import sys
 import warnings
 from collections.abc import Iterator
 from csv import reader as csv_reader
@@ -28,9 +27,9 @@ from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.tag import Tag
 from pydicom.uid import UID
-from tqdm import tqdm
 
 from . import windowed
+from .progress import progress
 from .sources import Listed, is_dicom, opened
 
 # %% ../nbs/00_cohort.ipynb #d12e3364
@@ -337,12 +336,8 @@ def _read(
     paths = [path for path, problem in files if not problem]
     chunks = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
     work = Parallel(jobs or (-1 if len(paths) >= WORTH_PROCESSES else 1), return_as="generator")
-    watched = sys.stderr.isatty()
-    with tqdm(total=len(paths), desc="scan", unit="file", ascii=True, ncols=90, delay=2, mininterval=0.2 if watched else 10) as bar:
-        for chunk, found in zip(chunks, work(delayed(_chunk_rows)(chunk) for chunk in chunks), strict=True):
-            rows += found
-            bar.update(len(chunk))
-    return rows
+    found = progress(work(delayed(_chunk_rows)(chunk) for chunk in chunks), f"scanning {len(paths):,} files", len(chunks), "chunk")
+    return rows + [row for part in found for row in part]
 
 
 def scan(
@@ -881,8 +876,9 @@ def _label_findings(
         yield "warning", "weak-label", f"{n} images carry the label of their patient or study: a positive one need not show a lesion", None
     if "header_patient" not in used: return
     for name, n, path in _grouped(used, "header_patient", "patient"):
-        what = f"patient {name} of the headers is {n} patients in the label file: training and test may share a head"
-        yield "error", "patient-split", what, path
+        what = f"patient {name} of the headers is {n} patients in the label file"
+        if name.casefold() in PLACEHOLDERS: yield "info", "patient-split", f"{what}: the header's name is nobody's", path
+        else: yield "error", "patient-split", f"{what}: training and test may share a head", path
     for name, n, path in _grouped(used, "patient", "header_patient"):
         yield "info", "patient-merged", f"patient {name} of the label file is {n} patients in the headers", path
 

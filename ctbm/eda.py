@@ -9,7 +9,6 @@ __all__ = ['HEADERS', 'CLASSES', 'WORTH_PROCESSES', 'patient_labels', 'class_bal
 
 # %% ../nbs/01_eda.ipynb #d7a2c29b
 import hashlib
-import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,10 +18,10 @@ from matplotlib.figure import Figure
 from pandas import DataFrame, Series
 from pandas.api.types import is_numeric_dtype
 from pydicom.uid import UID
-from tqdm import tqdm
 
 from . import cohort, viewer
 from .preprocess import Unreadable, read_hu
+from .progress import progress
 
 # %% ../nbs/01_eda.ipynb #c7857fd2
 def patient_labels(
@@ -231,8 +230,7 @@ def duplicates(
     rows = pd.concat([cohort.images(table), copies], ignore_index=True)
     work = Parallel(jobs or (-1 if len(rows) >= WORTH_PROCESSES else 1), return_as="generator")
     prints = work(delayed(fingerprint)(path, frame) for path, frame in zip(rows["path"], rows["frame"], strict=True))
-    pace = 0.2 if sys.stderr.isatty() else 10  # s; a log wants few lines
-    prints = list(tqdm(prints, "compare", len(rows), unit="image", ascii=True, ncols=90, delay=5, mininterval=pace))
+    prints = list(progress(prints, "comparing", len(rows), "image"))
     rows = rows.join(DataFrame(prints, columns=["file", "pixels", "unreadable"], dtype=object))
     rows = rows[rows["unreadable"].notna() | rows["pixels"].duplicated(keep=False)]
     group = rows["pixels"].where(rows["pixels"].notna(), rows["file"])
@@ -257,7 +255,7 @@ def example_grid(
     rows = sample(table, label, n, seed)
     return viewer.grid([read_hu(row.path, row.frame) for row in rows.itertuples()], rows["slice_id"].tolist(), level, width)
 
-# %% ../nbs/01_eda.ipynb #1f65164e
+# %% ../nbs/01_eda.ipynb #3f0e1594
 def series_images(
     table: DataFrame,  # from `cohort.scan` or `cohort.join_labels`
     series: str | None = None,  # SeriesInstanceUID; None: the series with the most images
@@ -277,10 +275,11 @@ def view_series(
     level: float = 40,  # HU
     width: float = 80,  # HU
 ) -> None:
-    "Look through a series; its middle slice where there is no live kernel."
+    "Look through a series; its middle slice where there is no live kernel. A file is read when its slice is looked at."
     stack = series_images(table, series)
     spacing = stack[["row_mm", "col_mm"]].iloc[0]
     place = stack.position_mm.map("{:.1f} mm".format).where(stack.position_mm.notna(), stack.in_series.map("number {:g}".format))
-    titles = (stack.slice_id + "\n" + place).tolist()
-    slices = [read_hu(row.path, row.frame) for row in stack.itertuples()]
-    viewer.view(slices, level, width, titles, tuple(spacing) if spacing.notna().all() else None)
+    titles, files = (stack.slice_id + "\n" + place).tolist(), list(zip(stack["path"], stack["frame"], strict=True))
+    labels = [f"label {label}" if pd.notna(label) else "" for label in stack["label"]] if "label" in stack else None
+    slices = viewer.Lazy(lambda i: read_hu(*files[i]), len(files))
+    viewer.view(viewer.Series(slices, titles, tuple(spacing) if spacing.notna().all() else None, notes=labels), level, width)

@@ -49,7 +49,7 @@ from ctbm.preprocess import (
     read_hu,
     resize,
     shape_at,
-    skull_box,
+    skull_crop,
     skull_mask,
     window,
 )
@@ -201,7 +201,7 @@ def show_overlay(
     level, width = WINDOWS["brain"]
     viewer.show(hu, level, width, ax, mask, spacing)
     if saliency is not None: ax.images[0].set_data(overlay(hu, saliency, top=top))
-    box = skull_box(hu, 24)
+    box = skull_crop(hu, 24)
     ax.set(xlim=(box.left - 0.5, box.right - 0.5), ylim=(box.bottom - 0.5, box.top - 0.5))
     ax.set_title(title, fontsize=9)
 

@@ -20,11 +20,11 @@ import pandas as pd
 from filelock import FileLock
 from joblib import Parallel, cpu_count, delayed
 from pandas import DataFrame
-from tqdm import tqdm
 
 from . import brain as brain_module
 from . import lung as lung_module
 from . import preprocess as preprocess_module
+from .progress import progress
 from . import windowed as windowed_module
 from .preprocess import NoSpacing, Preprocess, Unreadable, channels, placement, read_hu
 
@@ -121,7 +121,7 @@ def fill(
     markers = {i: folder / f"chunk_{i:07}.json" for i in range(0, len(slices), CHUNK)}
     todo = [i for i, marker in markers.items() if not marker.exists()]
     written = parallel(delayed(write_rows)(folder, slices[i : i + CHUNK], i, preprocess) for i in todo)
-    for _ in tqdm(written, f"packing {len(slices):,} slices", len(todo), unit="chunk", mininterval=2): pass
+    for _ in progress(written, f"packing {len(slices):,} slices", len(todo), "chunk"): pass
     facts = [fact for marker in markers.values() for fact in json.loads(marker.read_text())]
     DataFrame(facts, columns=FACTS).to_parquet(folder / "facts.parquet")
     (folder / "preprocess.json").write_text(json.dumps(asdict(preprocess), indent=2))
@@ -178,7 +178,7 @@ def build(
         raise ValueError("no usable slice to pack: every row of the table has a problem; see its `problem` column")
     jobs = jobs or cpu_count()
     hashes = Parallel(jobs, return_as="generator", prefer="threads")(delayed(file_hash)(path) for path in slices.path)
-    slices["sha"] = list(tqdm(hashes, "hashing files", len(slices), unit="file", mininterval=2))
+    slices["sha"] = list(progress(hashes, "hashing", len(slices), "file"))
     unique = slices.drop_duplicates(["sha", "frame"]).sort_values(["sha", "frame"]).reset_index(drop=True)
     done = Path(folder) / pack_key(unique, preprocess)
     done.parent.mkdir(parents=True, exist_ok=True)

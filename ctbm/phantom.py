@@ -41,7 +41,8 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, JPEGLSLossless, RLELossless
 from scipy import fft
 from scipy.ndimage import map_coordinates
-from tqdm.auto import tqdm
+
+from .progress import progress as told
 
 # %% ../nbs/00a_phantom.ipynb #dc298f47
 def key_bytes(
@@ -1333,7 +1334,7 @@ def written(
         partial = open_partial(folder, cohort)
         work = joblib.Parallel(jobs or joblib.cpu_count(), return_as="generator")(
             joblib.delayed(patient)(partial, cohort, i) for i in range(cohort.n_patients))
-        for _ in tqdm(work, bar, cohort.n_patients, unit="patient", mininterval=2, disable=bar is None): pass
+        for _ in told(work, bar, cohort.n_patients, "patient") if bar else work: pass
         tables(partial, cohort)
         if folder.exists(): folder.rmdir()  # empty
         partial.rename(folder)

@@ -7,7 +7,7 @@ __all__ = ['CT_CLASSES', 'LOSSY_JPEG', 'PLUGINS', 'JPEG_END', 'AIR_HU', 'WINDOWS
            'DEPTH', 'SQUARE', 'DISC', 'FITS', 'FARTHEST_MM', 'Z_RANGE', 'FLAT', 'CROPS', 'FLOORS', 'RESIZES', 'MASKS',
            'INTENSITIES', 'ORGANS', 'Rescale', 'rescale', 'transfer_syntax', 'why_not_hu', 'Unreadable',
            'stored_values', 'fill_padding', 'read_hu', 'Window', 'window', 'known', 'windows_figure', 'Box',
-           'bounding_box', 'published_mask', 'coarse_skull', 'skull_mask', 'skull_box', 'Placement', 'letterbox',
+           'bounding_box', 'published_mask', 'coarse_skull', 'skull_mask', 'skull_crop', 'Placement', 'letterbox',
            'NoSpacing', 'shape_at', 'placement', 'resize', 'moments', 'standardised', 'floored', 'crop_mask',
            'crop_box', 'channels', 'Preprocess', 'plane_names', 'steps', 'examples_grid', 'stages_figure']
 
@@ -290,11 +290,11 @@ def coarse_skull(
 def skull_mask(
     hu:np.ndarray, # float32 [rows, cols]
 )->np.ndarray: # bool [rows, cols]
-    "The head without scalp, ears and headrest, as `skull_box` sees it"
+    "The head without scalp, ears and headrest, as `skull_crop` sees it"
     return cv2.resize(coarse_skull(hu), hu.shape[::-1], interpolation=cv2.INTER_NEAREST).astype(bool)
 
 
-def skull_box(
+def skull_crop(
     hu:np.ndarray, # float32 [rows, cols]
     margin_px:int=4, # added on every side; 4 is one coarse pixel of a 512 x 512 image
 )->Box: # the whole image when there is no head in it
@@ -435,7 +435,7 @@ def crop_box(
     margin_px:int=0, # around the skull box only
 )->Box: # in pixels of `hu`
     "The part of the image that is kept"
-    return skull_box(hu, margin_px) if crop == "skull" else bounding_box(crop_mask(hu, crop))
+    return skull_crop(hu, margin_px) if crop == "skull" else bounding_box(crop_mask(hu, crop))
 
 
 def channels(
@@ -461,7 +461,7 @@ def channels(
 class Preprocess:
     "What is done to an HU image before a network sees it; call it on one"
     size: int = 256 # side of the square result, pixels
-    crop: str = "skull" # "skull": `skull_box`; "published": box of the brightest 2 %; "none": the whole image
+    crop: str = "skull" # "skull": `skull_crop`; "published": box of the brightest 2 %; "none": the whole image
     margin_px: int = 4 # image pixels added around the skull box
     windows: tuple = ((15, 30), (45, 30), (75, 30)) # one a channel: (level, width) in HU, or a name from `WINDOWS`
     floor: str = "none" # "published": every pixel up to the 1st percentile becomes `AIR_HU`

@@ -13,11 +13,11 @@ import numpy as np
 import pandas as pd
 from joblib import Parallel, cpu_count, delayed
 from pandas import DataFrame, Series
-from tqdm import tqdm
 
 from .brain import brain_mask, disc, filled
 from .pack import spacing_mm
 from .preprocess import Unreadable, known, read_hu, window
+from .progress import progress
 
 # %% ../nbs/02c_quality.ipynb #ef415aab
 LEAST_COVERAGE = 0.08 # of the picture; published code (its documents say 0.05)
@@ -106,7 +106,7 @@ def table(
 )->DataFrame: # one row a slice, same index: slice_id and patient where `slices` has them, FIGURES, issues ("a; b"), unreadable
     "What every slice of a cohort is worth"
     work = Parallel(jobs or cpu_count(), return_as="generator")(delayed(measured)(row) for row in slices.itertuples())
-    rows = list(tqdm(work, f"assessing {len(slices):,} slices", len(slices), unit="slice", mininterval=2))
+    rows = list(progress(work, "assessing", len(slices), "slice"))
     found = DataFrame(rows, index=slices.index, columns=[*FIGURES, "issues", "unreadable"])
     found["issues"] = found["issues"].map("; ".join)
     return pd.concat([slices[[name for name in ("slice_id", "patient") if name in slices]], found], axis=1)

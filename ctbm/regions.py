@@ -12,9 +12,11 @@ __all__ = ['FILES', 'MAYBE', 'DECISION', 'WORST', 'POOR', 'SMALL', 'FEW_LESIONS'
            'loss_text', 'chooser', 'plot_epochs', 'masks', 'empties', 'fold_rows', 'network_rows', 'small',
            'lesions_found', 'size_rows', 'froc_rows', 'cases_shown', 'people', 'command', 'reproducing', 'settings',
            'facts', 'split_text', 'facts_of_decision', 'answered', 'arranged', 'filled', 'checklists', 'sections',
-           'write', 'paired', 'versus', 'compared', 'ranked', 'plot_pairs', 'comparison', 'volumes_of', 'compare']
+           'write', 'paired', 'versus', 'compared', 'ranked', 'plot_pairs', 'comparison', 'volumes_of', 'side_by_side',
+           'compare']
 
-# %% ../nbs/07h_regions.ipynb #05afac93
+# %% ../nbs/07h_regions.ipynb #df363249
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -991,7 +993,7 @@ def plot_pairs(
     ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal", xlabel="Dice of A", ylabel="Dice of B")
     ax.legend(loc="upper left")
 
-# %% ../nbs/07h_regions.ipynb #8acff446
+# %% ../nbs/07h_regions.ipynb #c0756b08
 def comparison(
     a: SimpleNamespace,  # from `evidence`, here or in `report`
     b: SimpleNamespace,
@@ -1017,6 +1019,21 @@ def comparison(
 
 
 def volumes_of(e: SimpleNamespace) -> bool: return e.model.get("kind") == "volume"
+
+
+def side_by_side(
+    found: dict[str, SimpleNamespace],  # name -> from `evidence`
+) -> DataFrame:  # index scores, run; a text for each figure
+    "The masks of several runs, test first, with the Dice of a threshold on grey levels beside them."
+    rows = {}
+    for side, (name, e) in itertools.product(dict.fromkeys(side for each in found.values() for side in each.sides), found.items()):
+        if side not in e.sides: continue
+        cases = e.cases[e.cases.side == side]
+        own = masks_of(cases, e.segmentation[side])
+        rows[side, name] = {"volumes": len(cases), "with a metastasis": int((cases.lesions > 0).sum()), "lesions": int(cases.lesions.sum()),
+                            **{COMPARED[k]: interval(own[k]) for k in COMPARED}, "Dice of the baseline": interval(own["baseline"]),
+                            "Dice less that": interval(own["gain"])}
+    return DataFrame(rows.values(), index=pd.MultiIndex.from_tuples(rows, names=["scores", "run"]))
 
 
 def compare(

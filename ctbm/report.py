@@ -6,22 +6,24 @@
 __all__ = ['FILES', 'MAYBE', 'TOLD', 'UNSAID', 'TEXTS', 'LADDER', 'MEASURES', 'FEW', 'BROAD', 'DROP', 'GRID', 'SAID', 'FIGURES',
            'VAGUE', 'GOES_ON', 'CURVES', 'POOLED', 'FITS', 'INTENSE', 'TEXTURED', 'THOUSAND', 'EXPECTED', 'ZONED',
            'PROMISED', 'OUTCOMES', 'FROM_SLICES', 'BESIDE', 'FEW_SAID', 'PATHS', 'LEFT_OUT', 'FLAGS', 'SCALED', 'PARTS',
-           'CLAIM_SOURCE', 'TRIPOD_SOURCE', 'COLOURS', 'load', 'finished', 'lacking', 'evidence', 'samples', 'flow',
-           'parts', 'sizes', 'joined', 'columns', 'characteristics', 'counted', 'plain', 'scored', 'operated',
-           'calibrated', 'patients', 'levels', 'numbers', 'prevalence_of', 'shifted', 'grouped', 'beside_everyone',
-           'limitations', 'more_limitations', 'triage_remarks', 'outside', 'shift_names', 'on_grid', 'plot_curve',
-           'plot_flow', 'flow_picture', 'plot_shift', 'plot_history', 'monitors', 'figures_table', 'summary',
-           'trained_on', 'split_text', 'verdicts', 'transfer', 'headers_text', 'canary', 'data', 'leaks', 'training',
-           'network_text', 'checkpoint_rows', 'pool_text', 'draw_text', 'sampling_text', 'image_text',
-           'augmentation_text', 'loss_text', 'batch_text', 'chooser', 'stage_text', 'body_text', 'weights_text',
-           'trains', 'discrimination', 'tradeoff', 'operating', 'calibrating', 'deciding', 'triage_blocks', 'pooling',
-           'pooling_rows', 'pool_of_bags', 'groups', 'few', 'group_rows', 'shift_rows', 'errors', 'limits', 'command',
-           'reproducing', 'found_in_files', 'facts', 'facts_of_data', 'windows_text', 'balance_text', 'facts_of_split',
-           'facts_of_result', 'pooled_text', 'training_text', 'arranged', 'sections', 'write', 'listed', 'shared',
-           'paired', 'versus', 'compared', 'pairs_table', 'named', 'side_by_side', 'differences', 'settings', 'unlike',
-           'comparison', 'scores_of', 'compared_section', 'pairs_said', 'plot_curves', 'plot_pairs', 'compare']
+           'CLAIM_SOURCE', 'TRIPOD_SOURCE', 'PREPARES', 'TRAINS', 'NOT_LEARNT', 'COLOURS', 'load', 'finished',
+           'lacking', 'evidence', 'samples', 'flow', 'parts', 'sizes', 'joined', 'columns', 'characteristics',
+           'counted', 'plain', 'scored', 'operated', 'calibrated', 'patients', 'levels', 'numbers', 'prevalence_of',
+           'shifted', 'grouped', 'beside_everyone', 'limitations', 'more_limitations', 'triage_remarks', 'outside',
+           'shift_names', 'on_grid', 'plot_curve', 'plot_flow', 'flow_picture', 'plot_shift', 'plot_history',
+           'monitors', 'figures_table', 'summary', 'trained_on', 'split_text', 'verdicts', 'transfer', 'headers_text',
+           'canary', 'data', 'leaks', 'training', 'network_text', 'checkpoint_rows', 'pool_text', 'draw_text',
+           'sampling_text', 'image_text', 'augmentation_text', 'loss_text', 'batch_text', 'chooser', 'stage_text',
+           'body_text', 'weights_text', 'trains', 'discrimination', 'tradeoff', 'operating', 'calibrating', 'deciding',
+           'triage_blocks', 'pooling', 'pooling_rows', 'pool_of_bags', 'groups', 'few', 'group_rows', 'shift_rows',
+           'errors', 'limits', 'command', 'reproducing', 'found_in_files', 'facts', 'facts_of_data', 'windows_text',
+           'balance_text', 'facts_of_split', 'facts_of_result', 'pooled_text', 'training_text', 'arranged', 'sections',
+           'write', 'listed', 'read', 'shared', 'paired', 'versus', 'corrected', 'compared', 'pairs_table', 'named',
+           'sides_of', 'side_by_side', 'gaps', 'differences', 'settings', 'unlike', 'costs', 'spent', 'learnt',
+           'comparison', 'scores_of', 'compared_section', 'pairs_said', 'plot_curves', 'plot_pairs', 'plot_gaps',
+           'compare']
 
-# %% ../nbs/07a_report.ipynb #42cdbe40
+# %% ../nbs/07a_report.ipynb #60c0b351
 import hashlib
 import itertools
 import json
@@ -34,8 +36,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 from pandas import DataFrame
+from safetensors import safe_open
 
-from . import audit, calibration, decision, evaluate, failures, losses, results, runs, thresholds
+from . import audit, calibration, decision, evaluate, failures, lesions, losses, results, runs, thresholds
 from .checklists import CLAIM, TRIPOD, card_markdown, checklist, checklist_section, model_card
 from .page import BLUE, GREEN, RED, SIDE, WIDE, Figure, Section, Table, Text, interval, number, page, share, svg
 
@@ -443,11 +446,13 @@ def plot_curve(
     threshold: float | None = None,  # marked with a point
     name: str = "",  # stands in the legend
     colour: str = BLUE,
+    banded: bool = True,  # False: the curve alone
 ) -> None:
     "An ROC or a precision-recall curve with its band and the operating point."
     y, p, patient = evaluate.checked(rows.label, rows.score, rows.patient)
-    band = DataFrame(evaluate.bootstrap(lambda weights: on_grid(y, p, weights, kind), patient, resamples=500)).T
-    ax.fill_between(GRID, band.low, band.high, color=colour, alpha=0.18, lw=0)
+    draws = 500 if banded else 1
+    band = DataFrame(evaluate.bootstrap(lambda weights: on_grid(y, p, weights, kind), patient, draws)).T
+    if banded: ax.fill_between(GRID, band.low, band.high, color=colour, alpha=0.18, lw=0)
     ax.plot(GRID, band.estimate, color=colour, label=name)
     ax.plot([0, 1], [0, 1] if kind == "roc" else [y.mean()] * 2, color="0.55", ls=":", lw=1)
     if threshold is not None:
@@ -1302,7 +1307,18 @@ def listed(value: Any) -> Any:
         return (value.reset_index() if named else value).to_dict("records")
     return {k: listed(v) for k, v in value.items()} if isinstance(value, dict) else value
 
-# %% ../nbs/07a_report.ipynb #974378c2
+# %% ../nbs/07a_report.ipynb #98ef9181
+def read(
+    run: str | Path,  # a finished run of any recipe
+) -> SimpleNamespace:  # as from `evidence`; of a run that draws masks, from `regions.evidence`
+    "What a run left behind, as far as its patients go."
+    if not runs.draws_masks(run): return evidence(run)
+    from ctbm import regions
+    e = regions.evidence(run)
+    if e.undecided is None: return e
+    raise ValueError(f"{e.folder.name} has no decision about patients ({e.undecided}), which is all that it could share with another run")
+
+
 def shared(
     *runs: SimpleNamespace,  # from `evidence`
 ) -> tuple[str, ...]:  # "slices" and "patients", or "patients"
@@ -1330,13 +1346,22 @@ def paired(
     kept = both.rename(columns={"label_a": "label", "patient_a": "patient"}).astype({"label": int})
     return kept[["id", "patient", "label", "score_a", "score_b"]]
 
-# %% ../nbs/07a_report.ipynb #aef5cd8c
+# %% ../nbs/07a_report.ipynb #2663a187
 def versus(
     rows: DataFrame,  # patient, label, score_a, score_b
     cuts: tuple[float, float],  # each run's own threshold
-) -> DataFrame:  # as from `evaluate.compare`
+) -> DataFrame:  # as from `evaluate.compare`, and p_holm, corrected for the figures of this table
     "Two models on the same rows."
-    return evaluate.compare(rows.label, rows.score_a, rows.score_b, rows.patient, cuts)
+    found = evaluate.compare(rows.label, rows.score_a, rows.score_b, rows.patient, cuts)
+    return found.assign(p_holm=corrected(found.p))
+
+
+def corrected(
+    p: pd.Series,  # of all tests that are looked at together; NaN where there is none
+) -> pd.Series:  # the same rows
+    "p values after Holm's correction."
+    known = p.dropna()
+    return pd.Series(lesions.holm(known), known.index, dtype=float).reindex(p.index)
 
 
 def compared(
@@ -1350,58 +1375,77 @@ def compared(
     rows = {"patients": people} | {shared(a, b)[0]: paired(a, b, side)}
     return {of: (rows[of], (ours[of][2], theirs[of][2])) for of in shared(a, b)}
 
-# %% ../nbs/07a_report.ipynb #45333a63
+# %% ../nbs/07a_report.ipynb #0691a957
 def pairs_table(
-    compared: DataFrame,  # from `evaluate.compare`
+    compared: DataFrame,  # from `versus`, `gaps` or `evaluate.compare`
     names: tuple[str, str],
 ) -> DataFrame:
     "A comparison as texts."
-    rows = [[number(row.a), number(row.b), interval({"estimate": row.difference, "low": row.low, "high": row.high}),
-             "<0.001" if row.p < 0.001 else number(row.p), row.test] for _, row in compared.iterrows()]
-    return DataFrame(rows, index=pd.Index([FIGURES.get(k, k) for k in compared.index], name="figure"),
-                     columns=[*names, "difference", "p", "test"])
+    p_text = lambda p: "<0.001" if p < 0.001 else number(p)
+    gain = [interval(row) for row in compared.rename(columns={"difference": "estimate"}).to_dict("records")]
+    said = {names[0]: compared.a.map(number), names[1]: compared.b.map(number), "difference": gain, "p": compared.p.map(p_text)}
+    if "p_holm" in compared: said["p, Holm"] = compared.p_holm.map(p_text)
+    return DataFrame(said | {"test": compared.test}, index=compared.index).rename(index=FIGURES, level="figure")
 
 
 def named(
     runs: list[str | Path],  # finished run folders
-) -> dict[str, SimpleNamespace]:  # name of the recipe, or of the folder where recipes are the same -> evidence
-    "Several runs on the same folds and the same test set; `ValueError` where they differ."
-    found = [evidence(run) for run in runs]
+) -> dict[str, SimpleNamespace]:  # name of the recipe, or of the folder where recipes are the same -> from `read`
+    "Several runs on the same test set, and on the same folds where one sample is the same; `ValueError` where they differ."
+    found = [read(run) for run in runs]
     if len(found) < 2: raise ValueError(f"{len(found)} run given: a comparison takes two or more")
-    for other in found[1:]:
-        for side in ("test", "oof"): paired(found[0], other, side)
+    for other in found[1:]: paired(found[0], other)
     recipes = [e.config["recipe"] for e in found]
     names = recipes if len(set(recipes)) == len(found) else [e.folder.name for e in found]
     twice = lambda k: f" ({names[:k + 1].count(names[k])})" if names.count(names[k]) > 1 else ""
-    return {name + twice(k): e for k, (name, e) in enumerate(zip(names, found, strict=True))}
+    several = {name + twice(k): e for k, (name, e) in enumerate(zip(names, found, strict=True))}
+    return several if sides_of(several) else {}
 
-# %% ../nbs/07a_report.ipynb #6c8586e0
+
+def sides_of(
+    found: dict[str, SimpleNamespace],  # name -> from `read`
+) -> dict[str, str]:  # "oof", where the folds are the same, and "test" -> what these scores are called
+    "On which sides runs can be compared. Folds of slices and of patients may differ, because both are balanced; a test set may not."
+    first, *others = found.values()
+    for other in others:
+        try: paired(first, other, "oof")
+        except ValueError:
+            if first.model.get("kind") == other.model.get("kind"): raise
+            return {"test": "test"}
+    return {"oof": first.scores, "test": "test"}
+
+# %% ../nbs/07a_report.ipynb #29841bdb
 def side_by_side(
-    runs: list[str | Path],  # finished run folders, on the same folds
+    runs: list[str | Path],  # finished run folders, on the same patients
 ) -> DataFrame:  # index scores, of, run; a text for each figure
     "The figures of several runs with their intervals: out-of-fold (or validation) and test, on the levels that they share."
     found, rows = named(runs), {}
     every = {name: levels(e) for name, e in found.items()}
-    word = next(iter(found.values())).scores
-    for place, side in enumerate((word, "test")):
-        for of in shared(*found.values()):
-            for name, level in every.items():
-                scores, cut = level[of][place], level[of][2]
-                figures = evaluate.score(scores.label, scores.score, cut, scores.patient)
-                rows[side, of, name] = {FIGURES[k]: interval(figures[k]) for k in FIGURES} | {"threshold": number(cut)}
+    for (side, word), of, name in itertools.product(sides_of(found).items(), shared(*found.values()), found):
+        scores, cut = every[name][of][("oof", "test").index(side)], every[name][of][2]
+        figures = evaluate.score(scores.label, scores.score, cut, scores.patient)
+        rows[word, of, name] = {FIGURES[k]: interval(figures[k]) for k in FIGURES} | {"threshold": number(cut)}
     return DataFrame(rows.values(), index=pd.MultiIndex.from_tuples(rows, names=["scores", "of", "run"]))
 
 
+def gaps(
+    found: dict[str, SimpleNamespace],  # from `named`; each is set against the first
+) -> DataFrame:  # index scores, of, run, figure; columns a (the first), b, difference (b less a), low, high, p, test, p_holm
+    "Paired differences; Holm's correction is for all figures of all runs on one side and level."
+    (_, a), *others = found.items()
+    tables = {}
+    for (side, word), of in itertools.product(sides_of(found).items(), shared(*found.values())):
+        rows = pd.concat({name: versus(*compared(a, b, side)[of]) for name, b in others}, names=["run"])
+        tables[word, of] = rows.assign(p_holm=corrected(rows.p))
+    return pd.concat(tables, names=["scores", "of"])
+
+
 def differences(
-    runs: list[str | Path],  # finished run folders, on the same folds; each is set against the first
-) -> DataFrame:  # index scores, of, run, figure; columns the first run, this run, difference, p, test
+    runs: list[str | Path],  # finished run folders, on the same patients; each is set against the first
+) -> DataFrame:  # index scores, of, run, figure; columns the first run, this run, difference, p, "p, Holm", test
     "Paired differences with intervals, as texts."
-    (first, a), *others = named(runs).items()
-    every, tables = shared(a, *(b for _, b in others)), {}
-    for side, (name, b) in itertools.product(("oof", "test"), others):
-        for of, (rows, cuts) in compared(a, b, side).items():
-            if of in every: tables[a.scores if side == "oof" else "test", of, name] = pairs_table(versus(rows, cuts), (first, "this run"))
-    return pd.concat(tables, names=["scores", "of", "run"])
+    found = named(runs)
+    return pairs_table(gaps(found), (next(iter(found)), "this run"))
 
 
 def settings(
@@ -1417,7 +1461,44 @@ def unlike(found: dict[str, SimpleNamespace]) -> DataFrame:
     said = DataFrame({name: [str(e.config.get(k, "–")) for k in names] for name, e in found.items()}, index=pd.Index(names, name="setting"))
     return said[said.nunique(axis=1) > 1]
 
-# %% ../nbs/07a_report.ipynb #8a83a260
+# %% ../nbs/07a_report.ipynb #8af7f2aa
+PREPARES, TRAINS = ("cohort", "pack", "volumes", "every volume once"), ("training", "cross-validation", "final model", "final network")
+NOT_LEARNT = ("running_mean", "running_var", "num_batches_tracked")  # what batch normalisation counts
+
+
+def costs(
+    found: dict[str, SimpleNamespace],  # name -> from `read`
+) -> DataFrame:  # index run; minutes, MB, millions of parameters; NaN where a run has not written it down
+    "Time, memory and size of runs."
+    rows = {}
+    for name, e in found.items():
+        took, memory = spent(e.manifest["seconds"]), e.manifest.get("peak_mb", {})
+        rows[name] = {f"{what} (min)": seconds / 60 for what, seconds in took.items()} | {
+            "memory (MB)": memory.get("process"), "GPU memory (MB)": memory.get("gpu"), "parameters (millions)": learnt(e.folder) / 1e6,
+            "run folder (MB)": sum(file.stat().st_size for file in e.folder.rglob("*") if file.is_file()) / 2**20}
+    return DataFrame.from_dict(rows, orient="index").astype(float).rename_axis("run")
+
+
+def spent(
+    seconds: dict[str, float],  # of each step, from the manifest
+) -> dict[str, float]:  # "preparing", "training", "the rest", "all" -> seconds
+    "The time of a run in three parts."
+    starts = lambda name, words: name.startswith(words)
+    took = {"preparing": sum(s for name, s in seconds.items() if starts(name, PREPARES)),
+            "training": sum(s for name, s in seconds.items() if starts(name, TRAINS))}
+    every = sum(seconds.values())
+    return took | {"the rest": every - sum(took.values()), "all": every}
+
+
+def learnt(
+    run: Path,  # a finished run
+) -> int:
+    "How many numbers of the final network were learnt."
+    with safe_open(run / "final_model_state_dict.safetensors", framework="numpy") as tensors:
+        names = [name for name in tensors.keys() if not name.endswith(NOT_LEARNT)]  # noqa: SIM118, it is no mapping
+        return sum(int(np.prod(tensors.get_slice(name).get_shape())) for name in names)
+
+# %% ../nbs/07a_report.ipynb #4f51bbf2
 def comparison(
     a: SimpleNamespace,  # from `evidence`
     b: SimpleNamespace,
@@ -1438,6 +1519,7 @@ def comparison(
 def scores_of(e: SimpleNamespace) -> str:
     "Where a run's scores of patients come from."
     rule = e.pooled["pooling"]
+    if e.model.get("kind") == "volume": return "draws masks; a patient's score is the highest mean probability in a cube of about 5 mm"
     if e.unit == "patients": return f"scores patients, pooling inside the network ({rule})"
     return f"scores slices, pooled afterwards by its own rule ({rule}), at its own threshold for patients"
 
@@ -1454,7 +1536,7 @@ def compared_section(found: dict[str, SimpleNamespace], side: str) -> Section:
                      f"ROC curves with 95 % bands, which overlap more than a paired test would suggest, and every {unit[:-1]} with both "
                      "scores, lines marking the thresholds.", "both models")
     return Section(title, side, (tables[0], picture, *tables[1:],
-                                 Text(f"{note}Several figures were looked at: p values are not adjusted for that.", "note")))
+                                 Text(f"{note}Several figures were looked at: \"p, Holm\" is corrected for those of one table.", "note")))
 
 
 def pairs_said(
@@ -1471,7 +1553,7 @@ def pairs_said(
     pooled = " and ".join(dict.fromkeys(e.config["pooling"] for e in (a, b)))
     return f"Patients, {len(rows):,}, {pooled} pooling; thresholds {cuts[0]:.4g} and {cuts[1]:.4g} from {a.scores} patient scores."
 
-# %% ../nbs/07a_report.ipynb #1a9b86f7
+# %% ../nbs/07a_report.ipynb #449f4d79
 COLOURS = (BLUE, RED, GREEN, "#CC79A7", "#E69F00", "black")  # Okabe and Ito, in the order of runs
 
 
@@ -1480,9 +1562,9 @@ def plot_curves(
     scores: dict[str, DataFrame],  # run -> label, score, patient
     kind: str,  # "roc" or "pr"
 ) -> None:
-    "The curves of several runs with their bands."
+    "The curves of several runs; those of two with their bands, which would hide each other where there are more."
     for (name, rows), colour in zip(scores.items(), itertools.cycle(COLOURS)):
-        plot_curve(ax, rows, kind, None, name, colour)
+        plot_curve(ax, rows, kind, None, name, colour, len(scores) < 3)
 
 
 def plot_pairs(
@@ -1499,6 +1581,25 @@ def plot_pairs(
     ax.axhline(cuts[1], color="0.4", lw=0.8, ls="--")
     ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel=f"score of {names[0]}", ylabel=f"score of {names[1]}")
     ax.legend(loc="upper left")
+
+
+def plot_gaps(
+    ax: "Axes",
+    rows: DataFrame,  # from `gaps`, one side and level: index run, figure
+    first: str,  # the run that the others are set against
+) -> None:
+    "Differences with their intervals, figure by figure; a hollow mark where there is no interval."
+    names, figures = list(dict.fromkeys(rows.index.get_level_values("run"))), list(dict.fromkeys(rows.index.get_level_values("figure")))
+    ax.axvline(0, color="0.4", lw=0.8, ls="--")
+    for k, (name, colour) in enumerate(zip(names, itertools.cycle(COLOURS[1:]))):
+        part = rows.xs(name, level="run").loc[figures]
+        y, known = np.arange(len(figures)) + (k - (len(names) - 1) / 2) * 0.7 / len(names), part.low.notna().to_numpy()
+        ax.hlines(y[known], part.low[known], part.high[known], color=colour, lw=1.6)
+        ax.scatter(part.difference, y, s=26, zorder=3, edgecolor=colour, facecolor=[colour if k else "white" for k in known], label=name)
+    ax.set(yticks=range(len(figures)), yticklabels=[FIGURES.get(k, k) for k in figures], xlabel=f"difference from {first}")
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
 
 # %% ../nbs/07a_report.ipynb #db1d9ce4
 def compare(

@@ -229,14 +229,8 @@ def show(
     masks: Mapping[str, np.ndarray] | None = None,  # name to [x, y, z]; "truth" is green, "prediction" orange
     window: tuple[float, float] | None = None,  # level, width; None: `grey`
 ) -> None:
-    "A volume with outlines and sliders for slice, level and width; one picture where there is no live kernel."
+    "A volume with outlines in the live viewer; one picture where there is no live kernel."
     array, shown, (level, width) = slices_of(volume.array, volume.affine), laid_out(volume, masks or {}), window or grey(volume.array)
-    n, spacing = len(array), pixel_mm(volume)
-    step = 1 if width > 10 else float(f"{width / 100:.0e}")
-
-    def draw(slice, level, width):
-        inside = {name: each[slice - 1] for name, each in shown.items()}
-        return viewer.slice_figure(array[slice - 1], level, width, f"slice {slice} of {n}", spacing, inside)
-
-    viewer.interactive(draw, slice=(1, n, 1, telling(shown, 1, n)[0] + 1), level=(level - 3 * width, level + 3 * width, step, level),
-                       width=(step, 5 * width, step, width))
+    unit = "HU" if grey(volume.array) == BRAIN else ""
+    stack = viewer.Series(array, spacing_mm=pixel_mm(volume), masks=shown or None, unit=unit)
+    viewer.view(stack, level, width, start=telling(shown, 1, len(array))[0])

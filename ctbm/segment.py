@@ -6,8 +6,8 @@
 __all__ = ['JUDGED', 'COHORT', 'WEIGHTS', 'NETWORKS', 'PICTURES', 'network_of', 'channels_in', 'check_network', 'SegmentModule',
            'slide', 'Progress', 'write_weights', 'epoch_line', 'Beside', 'fit', 'left', 'trainer', 'memory_advice',
            'probability', 'judged', 'joined', 'sides', 'choosers', 'holdout', 'cross_validate', 'compare_networks',
-           'patients', 'write_decision', 'gathered', 'settled', 'write_volumes', 'run', 'learn', 'restored',
-           'write_model', 'write_history', 'write_results', 'write_pictures', 'Segmenter', 'load']
+           'patients', 'write_decision', 'gathered', 'settled', 'write_volumes', 'run', 'epochs_ahead', 'learn',
+           'restored', 'write_model', 'write_history', 'write_results', 'write_pictures', 'Segmenter', 'load']
 
 # %% ../nbs/12_segment.ipynb #9154f643
 import hashlib
@@ -54,9 +54,10 @@ from ctbm import (
     volumetric,
 )
 from .datasets import TEST
-from .jobs import Steps, VolumeJob, resumable, tidied
+from .jobs import Steps, VolumeJob, resumable, summary, tidied
 from .learning import BY_EPOCH, BY_STEP, OPTIMIZERS, drawn, kept_means, quiet
 from .patches import PatchDataset
+from .progress import Epochs
 from .recipes import VolumeRecipe
 from .volumes import Volume
 from .volumetric import Prepared
@@ -146,8 +147,8 @@ def slide(
 class Progress(Callback):
     "Remember the best validation, leave what a killed run goes on from, stop when nothing gets better."
 
-    def __init__(self, folder: Path, where: str, patience: int):
-        self.folder, self.where, self.patience = folder, where, patience
+    def __init__(self, folder: Path, where: str, patience: int, epochs: Epochs | None = None):
+        self.folder, self.where, self.patience, self.epochs = folder, where, patience, epochs
         self.best, self.waited, self.history, self.dice = -1.0, 0, [], None
 
     def on_train_epoch_start(self, trainer, module):
@@ -163,7 +164,9 @@ class Progress(Callback):
                              "seconds": time.perf_counter() - self.started})
         if trainer.is_global_zero:
             if better: write_weights(self.folder / "best.safetensors", module.network)
-            print(epoch_line(self.where, self.history[-1]), flush=True)
+            row, line = self.history[-1], epoch_line(self.where, self.history[-1])
+            if self.epochs: self.epochs(self.where, "", row["epoch"], row["seconds"], line)
+            else: print(line, flush=True)
         new = self.folder / ".last.ckpt"
         trainer.save_checkpoint(new)
         if trainer.is_global_zero: os.replace(new, self.folder / "last.ckpt")
@@ -197,6 +200,7 @@ class Beside:
     workers: int = 0  # processes that read patches
     prefetch: int = 2  # batches that each of them reads ahead
     gpus: int = 1  # devices that train together
+    epochs: Epochs | None = None  # of all networks of the run, to tell how far they are
 
 
 def fit(
@@ -219,7 +223,7 @@ def fit(
         dataset.epoch = torch.load(last, weights_only=True)["epoch"] + 1 if last.is_file() else 0
         loaders = (patches.train_loader(dataset, recipe.batch_size, beside.workers, beside.prefetch, seed),
                    patches.scan_loader(chosen))
-        progress = Progress(beside.folder, beside.where, recipe.patience)
+        progress = Progress(beside.folder, beside.where, recipe.patience, beside.epochs)
         if not last.is_file() or left(last)["waited"] <= recipe.patience:
             with quiet(), memory_advice(recipe):
                 trainer(recipe, beside, progress).fit(SegmentModule(network, recipe, seed, dataset), *loaders,
@@ -493,7 +497,7 @@ def run(
 ) -> Path:  # the finished run folder
     "Volumes to masks to a decision: find, prepare, folds, final network, test."
     steps = Steps(6)
-    print("\n".join(f"{k:20} {v}" for k, v in (asdict(job) | recipes.flat(recipe)).items()), flush=True)
+    print(summary(job, recipe), flush=True)
     root, recipe, table = gathered(job, recipe, steps)
     candidates = {name: settled(each, table) for name, each in candidates.items()}
     for each in candidates.values(): check_network(each)
@@ -507,11 +511,22 @@ def run(
     write_volumes(folder, table, split, links, [recipes.flat(each) for each in (recipe, *candidates.values())])
     with resumable(folder):
         facts = learn(folder, job, recipe, candidates, split, steps)
-        facts |= {"run": folder.name.removesuffix(runs.PARTIAL), "data_root": str(root), "seconds": steps.seconds}
+        facts |= {"run": folder.name.removesuffix(runs.PARTIAL), "data_root": str(root), "seconds": steps.seconds,
+                  "peak_mb": steps.peak_mb()}
         runs.write_json(folder / "manifest.json", runs.manifest(facts))
     finished = runs.finish(folder)
     shutil.rmtree(finished / "folds")
     return finished
+
+
+def epochs_ahead(
+    recipe: VolumeRecipe,
+    candidates: dict[str, VolumeRecipe],  # of the grid, empty without one
+) -> Epochs:
+    "Every network of a run, and its epochs at most."
+    each = (candidates or {"": recipe}).items()
+    networks = {f"{who} fold {k}".strip(): {"": one.epochs} for who, one in each for k in range(one.k_folds)}
+    return Epochs(networks | ({"final": {"": recipe.epochs}} if recipe.k_folds > 1 else {}))
 
 
 def learn(
@@ -524,7 +539,9 @@ def learn(
 ) -> dict[str, Any]:  # facts for the manifest
     "Cross-validate, train the final network, judge the test set once."
     pool, test, single = split[split.fold != TEST], split[split.fold == TEST], recipe.k_folds == 1
-    beside = lambda where, own: Beside(own, where, job.loggers, run, job.loader_workers, job.prefetch_factor, job.gpus)
+    epochs = epochs_ahead(recipe, candidates)
+    if job.gpus > 1: epochs.panel = None  # the processes that train have no notebook to show it in
+    beside = lambda where, own: Beside(own, where, job.loggers, run, job.loader_workers, job.prefetch_factor, job.gpus, epochs)
     steps("training, validated on a part of its own" if single else f"cross-validation, {recipe.k_folds} folds")
     winner = compare_networks(candidates, pool, run, beside) if candidates else None
     recipe = candidates.get(winner, recipe)

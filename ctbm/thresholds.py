@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['THRESHOLDS', 'COLUMNS', 'SUMMARISED', 'CANDIDATES', 'GOALS', 'STRATEGIES', 'COLOURS', 'GRID', 'rates', 'ratios',
            'counted', 'table', 'summary', 'Rule', 'choose', 'select', 'candidates', 'spread', 'remarks',
-           'plot_tradeoff', 'plot_roc', 'plot_pr', 'plot_at', 'explore']
+           'plot_tradeoff', 'plot_roc', 'plot_pr', 'plot_at']
 
-# %% ../nbs/06_thresholds.ipynb #86465001
+# %% ../nbs/06_thresholds.ipynb #6c1d4c0b
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,6 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 
 from .evaluate import checked, resampled
 from .preprocess import known
-from .viewer import interactive
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -298,7 +297,7 @@ def _mark(scores, threshold, place, ax):
         x, y = place(rates(scores.label, scores.score, threshold))
         ax.plot(x, y, "o", color="#D55E00", ms=7, clip_on=False, zorder=5, label=f"threshold {threshold:.4g}")
 
-# %% ../nbs/06_thresholds.ipynb #80752e86
+# %% ../nbs/06_thresholds.ipynb #717d02ba
 def plot_at(
     oof: DataFrame,  # fold, label, score
     threshold: float,
@@ -306,13 +305,15 @@ def plot_at(
     "Scores of both classes, and what a threshold makes of them."
     import matplotlib.pyplot as plt
     import seaborn as sns
+    low = min(oof.score.min(), threshold)
+    high = max(oof.score.max(), threshold, low + 1e-6)
     fig = plt.figure(figsize=(9.4, 3.4), layout="constrained")
     left, right = fig.subplots(1, 2)
     names = oof.assign(finding=oof.label.map({0: "negative", 1: "positive"}))
     sns.histplot(names, x="score", hue="finding", hue_order=["negative", "positive"], palette=["#0072B2", "#D55E00"],
-                 bins=np.linspace(0, 1, 41), stat="density", common_norm=False, element="step", ax=left)
+                 bins=np.linspace(low, high, 41), stat="density", common_norm=False, element="step", ax=left)
     left.axvline(threshold, color="0.2", ls="--", lw=1)
-    left.set(xlim=(0, 1), ylabel="density within class", title=f"threshold {threshold:.4g}")
+    left.set(xlim=(low, high), ylabel="density within class", title=f"threshold {threshold:.4g}")
     at = DataFrame([{"fold": f} | rates(p.label, p.score, threshold) for f, p in oof.groupby("fold")])
     named = at.rename(columns=dict(zip(("sens", "spec", "ppv", "f1"), COLOURS, strict=True)))
     long = named.melt("fold", list(COLOURS), "figure", "value")
@@ -321,11 +322,3 @@ def plot_at(
     counts = "   ".join(f"{k.upper()} {whole[k]}" for k in ("tp", "fn", "fp", "tn"))
     right.set(ylim=(0, 1.02), xlabel="", ylabel="each fold", title=counts)
     return fig
-
-# %% ../nbs/06_thresholds.ipynb #245498a1
-def explore(
-    oof: DataFrame,  # fold, label, score
-    threshold: float = 0.5,  # where the slider starts
-) -> None:
-    "A slider over the out-of-fold scores; a picture where no front end shows widgets."
-    interactive(lambda threshold: plot_at(oof, threshold), threshold=(0.0, 1.0, 0.01, threshold))

@@ -7,10 +7,10 @@ __all__ = ['DEMO_COHORTS', 'RESERVED', 'choosers', 'sided', 'run_fold', 'cross_v
            'baseline', 'read_cohort', 'limited', 'learnable', 'distinct', 'told_apart', 'sizes', 'read_attributes',
            'checked_attributes', 'examined', 'write_split', 'write_audit', 'write_examples', 'write_model',
            'write_tensors', 'write_curves', 'mixed', 'beside_it', 'keep_networks', 'write_reference', 'write_selection',
-           'watched', 'gathered', 'prepare', 'run', 'reported', 'prepared_volumes', 'in_volumes', 'check_start',
-           'measured', 'learn']
+           'epochs_ahead', 'watched', 'gathered', 'prepare', 'run', 'reported', 'prepared_volumes', 'in_volumes',
+           'check_start', 'measured', 'learn']
 
-# %% ../nbs/05_train.ipynb #62eb8d7f
+# %% ../nbs/05_train.ipynb #6eae2911
 import hashlib
 import json
 import shutil
@@ -54,12 +54,13 @@ from ctbm import (
     selection,
 )
 from .datasets import TEST
-from .jobs import Job, Steps, VolumeJob, located, plan, resumable, resumed, tidied
+from .jobs import Job, Steps, VolumeJob, located, plan, resumable, resumed, summary, tidied
 from .learning import SLICE, Beside, Kind, fit, restored
 from .patient import kind_of
 from .pooling import LEARNED
 from .losses import alpha_used, loss_named
 from .preprocess import examples_grid, read_hu
+from .progress import Epochs
 from .recipes import Recipe, VolumeRecipe
 
 # %% ../nbs/05_train.ipynb #e416f853
@@ -438,7 +439,7 @@ def write_reference(
     distance = reference.Distance.fit(learnt, taught.patient.to_numpy(), held)
     runs.whole(run / "reference.safetensors", lambda p: p.write_bytes(save_arrays(distance.tensors())))
 
-# %% ../nbs/05_train.ipynb #ef4ab580
+# %% ../nbs/05_train.ipynb #6470cbe0
 def write_selection(
     run: Path,
     network: Module,  # the final one
@@ -452,22 +453,35 @@ def write_selection(
     runs.save_figure(run / "selection.png", selection.figure(split, merit, chosen, images))
 
 
+def epochs_ahead(
+    recipe: Recipe,
+    candidates: dict[str, Recipe],  # of the grid, empty without one
+) -> Epochs:
+    "Every network of a run, and the epochs of its stages at most."
+    first = lambda each: {"selector": each.choose.selector_epochs} if each.kind == "bag" and each.choose.select == "classifier" else {}
+    stages = lambda each: first(each) | {stage.name: stage.epochs for stage in each.stages if stage.epochs}
+    networks = {f"{who or ''}/{k}": stages(each) for who, each in (candidates or {None: recipe}).items() for k in range(each.k_folds)}
+    return Epochs(networks | ({"final": stages(recipe)} if recipe.k_folds > 1 else {}))
+
+
 def watched(
     run: Path,
     job: Job,
     recipe: Recipe,
     candidate: str | None,
     name: str,  # what the network is called: the number of its fold, or "final"
+    epochs: Epochs,  # of all networks of the run
 ) -> Beside:
     "What goes on beside the training of one network."
     one = recipe.k_folds == 1 and not candidate
     where = {"candidate": candidate, "fold": name} if candidate else {"fold": name}
     told = (lambda row: learning.epoch_paragraph(row, recipe.rule.fbeta)) if one else (
         lambda row: learning.epoch_line(where | row, recipe.monitor))
+    network = "final" if name == "final" else f"{candidate or ''}/{name}"
     spot = Path(candidate or "") / ("" if one else name if name == "final" else f"fold_{name}")
-    return Beside(say=lambda row: print(told(row), flush=True), instruments=job.instruments, loggers=job.loggers, logs=run,
-                  checkpoints=run / "checkpoints" / spot, version=str(Path(candidate or "", name)), workers=job.loader_workers,
-                  prefetch=job.prefetch_factor)
+    return Beside(say=lambda row: epochs(network, row["stage"], row["epoch"], row["seconds"], told(row)),
+                  instruments=job.instruments, loggers=job.loggers, logs=run, checkpoints=run / "checkpoints" / spot,
+                  version=str(Path(candidate or "", name)), workers=job.loader_workers, prefetch=job.prefetch_factor)
 
 # %% ../nbs/05_train.ipynb #c1689f84
 def gathered(
@@ -497,7 +511,7 @@ def prepare(
     steps(None)
     return runs.project_root() / job.packs / packed.key
 
-# %% ../nbs/05_train.ipynb #2d8e88c5
+# %% ../nbs/05_train.ipynb #fbf1f9cb
 def run(
     resume: str | Path | None = None,  # an unfinished run; everything else is then read from it
     **asked: Any,  # fields of `Job`, and values of the recipe by flat name
@@ -507,7 +521,7 @@ def run(
     job, recipe, candidates = plan(asked)
     if recipe.kind == "volume": return in_volumes(job, recipe, candidates, asked, resume)
     steps = Steps(8 + job.report)
-    print("\n".join(f"{k:20} {v}" for k, v in (asdict(job) | recipes.flat(recipe)).items()), flush=True)
+    print(summary(job, recipe), flush=True)
     weights = check_start(recipe, candidates)
     if job.data_root and job.attributes:
         checked_attributes(Path(job.data_root) / job.attributes)
@@ -528,15 +542,14 @@ def run(
     runs.write_table(run / "labels_clean.csv", clean)
     everything = pd.concat([table[table.problem.notna() | table.label.isna()], packed.table], ignore_index=True)
     write_split(run, everything, split, attributes, [packed.key, weights, *map(recipes.flat, (recipe, *candidates.values()))])
-    write_audit(run, split, links, job.random_labels)
-    if faults is not None:
-        runs.write_table(run / "quality.csv", faults)
     with resumable(run):
+        write_audit(run, split, links, job.random_labels)
+        if faults is not None: runs.write_table(run / "quality.csv", faults)
         steps("pictures of the preprocessing")
         write_examples(run, split, recipe, job.prep_plot_n)
         facts = learn(run, job, recipe, candidates, split, packed.images, steps)
         facts |= {"run": run.name.removesuffix(runs.PARTIAL), "data_root": str(data_root), "pack": packed.key, "weights": weights,
-                  "seconds": steps.seconds}
+                  "seconds": steps.seconds, "peak_mb": steps.peak_mb()}
         runs.write_json(run / "manifest.json", runs.manifest(facts))
     finished = runs.finish(run)
     for place in (finished / "folds").glob("*/*/"):
@@ -613,7 +626,7 @@ def measured(
         parts.setdefault(name, []).append(pd.read_parquet(path).assign(fold=fold))
     return {name: pd.concat(tables, ignore_index=True) for name, tables in parts.items()}
 
-# %% ../nbs/05_train.ipynb #086e4b65
+# %% ../nbs/05_train.ipynb #cbb258de
 def learn(
     run: Path,
     job: Job,
@@ -626,9 +639,9 @@ def learn(
     "Cross-validate, choose the operating point, train the final model, score the test set once."
     pool, test, single = split[split.fold != TEST], split[split.fold == TEST], recipe.k_folds == 1
     steps("training, validated on a part of its own" if single else f"cross-validation, {recipe.k_folds} folds")
-    winner = None
+    winner, epochs = None, epochs_ahead(recipe, candidates)
     if candidates:
-        winner = run_grid_search(candidates, images, pool, run, lambda *who: watched(run, job, candidates[who[0]], *who))
+        winner = run_grid_search(candidates, images, pool, run, lambda *who: watched(run, job, candidates[who[0]], *who, epochs))
         for loser in set(candidates) - {winner}:
             shutil.rmtree(run / "checkpoints" / loser, ignore_errors=True)
     recipe = candidates.get(winner, recipe)
@@ -636,7 +649,7 @@ def learn(
     chosen = {"recipe": job.recipe, "scale": job.scale, "published": job.published, "candidate": winner}
     runs.write_json(run / "effective_config.json", chosen | recipes.flat(recipe))
     folds = run / "folds" / (winner or "cv")
-    beside = lambda name: watched(run, job, recipe, winner, name)
+    beside = lambda name: watched(run, job, recipe, winner, name, epochs)
     oof, facts = cross_validate(recipe, images, pool, folds, beside)
     steps(f"operating point and calibration, from {runs.scores_name(recipe.k_folds)} scores")
     grey = kind.pooled(split.assign(score=baseline(split, images, recipe.seed)))

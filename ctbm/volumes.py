@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,11 +24,11 @@ import pandas as pd
 from joblib import Parallel, delayed
 from pandas import DataFrame
 from pydicom import dcmread
-from tqdm import tqdm
 
 from . import cohort
 from .cohort import _groups, _numbers
 from .preprocess import known, read_hu
+from .progress import progress
 
 # %% ../nbs/00f_volumes.ipynb #aca0bea1
 @dataclass(frozen=True)
@@ -818,8 +817,7 @@ def find(
         row["mask_labels"] = row.get("mask_labels") or " ".join(map(str, mask_labels))
         row["kind"] = row.get("kind") or "file"
     work = Parallel(jobs or (-1 if len(rows) >= WORTH_PROCESSES else 1), return_as="generator")(map(delayed(_examined), rows, own))
-    bar = dict(desc="volumes", unit="volume", ascii=True, ncols=90, delay=2, mininterval=0.2 if sys.stderr.isatty() else 10)
-    table = _table(list(tqdm(work, total=len(rows), **bar)), layout)
+    table = _table(list(progress(work, "examining", len(rows), "volume")), layout)
     used = {str(path) for name in ("image", "mask") for path in table[name]}
     if root.is_dir() and own[0] is None: table.attrs["unused"] = [name for name in volume_files(root) if str(root / name) not in used]
     return table

@@ -23,11 +23,11 @@ import numpy as np
 from joblib import Parallel, cpu_count, delayed
 from pandas import DataFrame, Series
 from scipy import ndimage
-from tqdm import tqdm
 
 from . import brain as brain_module
 from . import preprocess as preprocess_module
 from . import volumes as volumes_module
+from .progress import progress
 from .brain import brain_mask
 from .preprocess import AIR_HU, WINDOWS, known, window
 from .volumes import Volume
@@ -352,7 +352,7 @@ def build(
     todo = {str(file): i for i, file in files.items() if not Path(f"{file}.json").is_file()} # one of each content
     jobs = max(1, min(jobs or cpu_count(), len(todo)))
     work = (delayed(prepare_row)(table.loc[i], how, files[i], max(1, cpu_count() // jobs)) for i in todo.values())
-    done = tqdm(Parallel(jobs, return_as="generator")(work), "preparing volumes", len(todo), unit="volume", mininterval=2, disable=not todo)
+    done = progress(Parallel(jobs, return_as="generator")(work), "preparing", len(todo), "volume")
     said = dict(zip(todo, done, strict=True))
     problem = [said.get(str(files[i])) if i in files else before for i, before in table.problem.items()]
     file = [str(files[i]) if i in files and not problem[i] else None for i in table.index]

@@ -8,9 +8,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from safetensors.numpy import load_file
+from scipy import ndimage
 
-from ctbm import evaluate, report, runs
+from ctbm import evaluate, jobs, recipes, report, runs, volumes
 from tests.conftest import ROOT
+from tests.test_cohort import slice_at
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +80,7 @@ def test_papermill_compares_finished_runs(pair, tmp_path):
         assert figure in said
     for difference in report.differences(pair).difference:
         assert difference in said
-    assert said.count("image/png") == 2 and '"output_type": "error"' not in said
+    assert said.count("image/png") == 3 and '"output_type": "error"' not in said
 
 
 def test_papermill_refuses_what_it_does_not_know(tmp_path):
@@ -85,14 +88,95 @@ def test_papermill_refuses_what_it_does_not_know(tmp_path):
     assert done.returncode != 0 and "did you mean 'k_folds'" in done.stderr
 
 
-def test_papermill_trains_every_recipe_on_the_same_folds(cohort_folder, tmp_path):
-    tiny = {"data_root": str(cohort_folder), "outputs": str(tmp_path / "outputs"), "packs": str(tmp_path / "packs"), "scale": "demo",
-            "k_folds": 2, "backbone": "test_resnet", "weights": "none", "size": 32, "epochs_head": 0, "epochs_ft": 1, "epochs_all": 1,
-            "num_workers": 1, "prep_plot_n": 0, "report": False}
-    done = papermill(tmp_path / "out.ipynb", "-y", json.dumps(tiny))
+TINY = {"scale": "demo", "num_workers": 1, "prep_plot_n": 0, "weights": "none", "size": 32, "backbone": "test_resnet", "hidden": 0,
+        "resample_mm": 6.0, "epochs_head": 0, "epochs_ft": 1, "epochs_all": 1, "epochs_warmup": 1, "epochs_layer4": 0, "epochs_layer3": 0,
+        "bias": False, "skull": "none", "spacing_mm": None, "patch_size": [16, 16, 16], "width": 4, "levels": 3, "epochs": 2, "lr": 0.01,
+        "own": {"siamese": {"branches": "none"}}}
+
+
+def write_heads(folder: Path, count: int = 16) -> Path:
+    "Small CT series of heads, every second with bright balls, their masks, and a label for each slice."
+    rng, grid, labels = np.random.default_rng(0), np.moveaxis(np.indices((64, 64, 6)), 0, -1), ["ID,Label,PatientID"]
+    (folder / "masks").mkdir(parents=True)
+    for k in range(count):
+        name, far = f"P{k:02}", np.linalg.norm((grid[..., :2] - (31, 33)) / rng.uniform((22, 26), (25, 29)), axis=-1)
+        soft = ndimage.gaussian_filter(rng.normal(0, 1, far.shape), (4, 4, 1))
+        hu = np.select([far < 0.88, far < 1], [35 + 12 * soft / soft.std(), 900], -1000)
+        mask = np.linalg.norm((grid - rng.integers((22, 22, 2), (40, 40, 4))) * (1, 1, 2), axis=-1) < (4 if k % 2 else 0)
+        hu = np.rint(np.where(mask, 110, hu) + rng.normal(0, 2, hu.shape))
+        for z in range(6):
+            slice_at(folder / "CTs" / name / f"{name}_{z}.dcm", 5.0 * z, name,
+                     StudyInstanceUID=f"1.3.{k + 1}", SeriesInstanceUID=f"1.4.{k + 1}", Rows=64, Columns=64, PixelSpacing=[3, 3],
+                     PixelData=(hu[..., z].T + 1024).astype("<i2").tobytes())
+            labels.append(f"{name}_{z},{int(mask[..., z].any())},{name}")
+        volumes.write(folder / "masks" / f"{name}.nii.gz", mask.astype(np.uint8), volumes.LPS @ np.diag([3, 3, 5, 1.0]))
+    (folder / "labels1.csv").write_text("\n".join(labels))
+    return folder
+
+
+@pytest.mark.parametrize("trained", [["slice_cv", "patient", "segment"], pytest.param(list(recipes.RECIPES), marks=pytest.mark.slow)],
+                         ids=["one of each kind", "all"])
+def test_papermill_trains_recipes_on_the_same_patients(tmp_path, trained):
+    places = {"data_root": write_heads(tmp_path / "heads"), "outputs": tmp_path / "outputs", "packs": tmp_path / "packs"}
+    understood = {"own", *(name for recipe in trained for name in jobs.parameters(recipe))}
+    given = {k: v for k, v in TINY.items() if k in understood} | {name: str(place) for name, place in places.items()} | {"recipes": trained}
+    done = papermill(tmp_path / "out.ipynb", "-y", json.dumps(given))
     assert done.returncode == 0, done.stderr[-2000:]
-    finished = sorted((tmp_path / "outputs").iterdir())
-    configs = [runs.read_json(run / "effective_config.json") for run in finished]
-    assert {(c["recipe"], c["backbone"], c["selection"]) for c in configs} == {
-        (recipe, "test_resnet", "inner_holdout") for recipe in ("slice_cv", "focal_f2")}
-    assert len(report.differences(finished)) == 24
+    finished = sorted((tmp_path / "outputs").glob("run_*"))
+    found = report.named(finished)
+    assert list(found) == trained, "named by recipe, in the order of training"
+    sides = [e.split.groupby("patient").fold.first().to_dict() for e in found.values()]
+    assert all(each == sides[0] for each in sides) and len(sides[0]) == 16, "one split of patients for all"
+    assert {e.config["selection"] for e in found.values()} == {"published"}
+    assert report.sides_of(found) == {"oof": "validation", "test": "test"}
+    for name, e in found.items():
+        rows = report.compared(found["slice_cv"], e, "test")["patients"][0]
+        own = report.levels(e)["patients"][1].set_index("patient").score
+        assert np.allclose(rows.set_index("patient").score_b, own[rows.patient]), name
+    said = json.loads((tmp_path / "out.ipynb").read_text(encoding="utf8"))
+    tables = "".join("".join(out.get("data", {}).get("text/html", "")) for cell in said["cells"] for out in cell.get("outputs", []))
+    assert all(text in tables for text in report.differences(finished).loc["test"].loc["patients"].difference)
+    assert "false lesions per volume" in tables and "parameters (millions)" in tables
+    mixed = report.compare(finished[0], finished[-1], tmp_path / "mixed.html").read_text(encoding="utf8")
+    assert "draws masks; a patient" in mixed and "Test set" in mixed
+    with pytest.raises(ValueError, match="patients are in one only"):
+        report.named([finished[0], without_a_patient(finished[-1], tmp_path / "other")])
+
+
+def without_a_patient(run: Path, copy: Path) -> Path:
+    "The same run, one test patient fewer."
+    shutil.copytree(run, copy)
+    runs.write_table(copy / "test_predictions.csv", pd.read_csv(copy / "test_predictions.csv", dtype={"id": str, "patient": str})[1:])
+    return copy
+
+
+def test_folds_of_other_samples_leave_the_test_set(pair, tmp_path):
+    other = Path(shutil.copytree(pair[1], tmp_path / "other"))
+    table = pd.read_csv(other / "oof_predictions.csv", dtype={"id": str, "patient": str})
+    runs.write_table(other / "oof_predictions.csv", table.assign(fold=1 - table.fold))
+    with pytest.raises(ValueError, match="the folds of"): report.named([pair[0], other])
+    ours, theirs = map(report.evidence, (pair[0], other))
+    theirs.model = theirs.model | {"kind": "bag"}
+    assert report.sides_of({"a": ours, "b": theirs}) == {"test": "test"}
+    assert set(report.gaps({"a": ours, "b": theirs}).index.get_level_values("scores")) == {"test"}
+
+
+def test_holm_is_over_all_that_stands_in_one_table(pair):
+    a, b = map(report.evidence, pair)
+    found = report.gaps({"a": a, "b": b, "c": b}).loc["test"].loc["patients"]
+    p = found.p.dropna()
+    raised, least = [], 0.0
+    for k, value in enumerate(sorted(p)): raised.append(least := max(least, min(1, value * (len(p) - k))))
+    assert sorted(found.p_holm.dropna()) == pytest.approx(raised) and len(found) == 12
+    assert (found.xs("b", level="run").difference == found.xs("c", level="run").difference).all()
+
+
+def test_costs_are_those_of_the_run(pair):
+    e = report.evidence(pair[0])
+    e.manifest = e.manifest | {"peak_mb": {"process": 800.0}}
+    found = report.costs({"a": e, "b": report.evidence(pair[1])})
+    assert found.loc["a", "memory (MB)"] == 800 and found.drop(columns="GPU memory (MB)").loc["b"].isna().sum() == 1
+    assert found["all (min)"].to_numpy() * 60 == pytest.approx([sum(e.manifest["seconds"].values())] * 2)
+    tensors = load_file(pair[0] / "final_model_state_dict.safetensors")
+    counted = sum(v.size for k, v in tensors.items() if not k.endswith(report.NOT_LEARNT))
+    assert found["parameters (millions)"].to_numpy() * 1e6 == pytest.approx([counted] * 2)

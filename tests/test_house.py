@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import ROOT
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-HEADLESS = ["01_eda.ipynb", "05_train.ipynb", "20_compare.ipynb"]  # notebooks that papermill runs
+HEADLESS = [f"{name}.ipynb" for name in ("01_eda", "05_train", "07a_report", "07h_regions", "20_compare", "30_your_own_data")]
 PRIVATE = re.compile(r"/home/|/root/|/Users/|/tmp/|/private/|\.venv/")
 
 
@@ -66,6 +66,7 @@ def test_no_two_notebooks_export_one_module():
 def test_notebook_keeps_the_habits(path):
     raw = path.read_text(encoding="utf8")
     assert not re.search(r"^\s*\"?(<{7} |>{7} |={7}$)", raw, re.MULTILINE), "an unresolved merge conflict"
+    assert "widgets" not in json.loads(raw)["metadata"], "the state of widgets is saved in it: remove it, pictures stand in for them"
     assert len(raw) < 1_000_000, f"{len(raw):,} bytes: saved outputs are too large"
     first = cells(path, "markdown")[0][0]
     assert re.match(r"# .+\n\n> .+", first), "opens with a title and a subtitle"
@@ -84,7 +85,8 @@ def test_imports_stand_alone(path):
         code = re.sub(r"^\s*[%!].*$", "", source, flags=re.MULTILINE)
         top = ast.parse(code).body
         importing = [isinstance(node, (ast.Import, ast.ImportFrom)) for node in top]
-        guard = [isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" for node in top]
+        guard = [isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" or isinstance(node, ast.Try) and len(top) == 1
+                 for node in top]  # types only; or the one that says what to do where ctbm is not installed
         alone = not any(importing) or all(i or g for i, g in zip(importing, guard, strict=True))
         assert alone, f"imports mixed with other code: {source[:80]}"
         assert not re.search(r"^from \S+ import \*", source, re.MULTILINE)
@@ -107,13 +109,13 @@ def test_floors():
     road = "import ctbm.train, ctbm.contours; assert not {'monai', 'SimpleITK'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", f"{code}; {volumes}; {road}"], check=True, cwd=ROOT)
     floors = [{"cohort", "brain", "preprocess", "phantom", "viewer", "sources", "lung", "windowed", "chest",
-               "volumes"}, {"pack", "quality", "volumetric"},
+               "volumes", "progress"}, {"pack", "quality", "volumetric"},
               {"datasets", "models", "losses", "audit", "thresholds", "calibration", "decision", "evaluate", "failures", "page",
                "checklists", "checkpoints", "runs", "reference", "pooling", "bags", "texture", "curves", "siamese", "selection",
                "patches", "networks", "overlap", "lesions"},
               {"recipes", "jobs", "instruments", "learning", "choosing", "patient", "bundle"},
               {"train", "eda", "results", "report", "predict", "explain", "export", "dicom", "seg", "contours", "segment",
-               "regions"}, {"cli"}]
+               "regions", "explorer"}, {"cli"}]
     seen, height = set(), {name: i for i, floor in enumerate(floors) for name in floor}
     for path in (ROOT / "ctbm").glob("[a-z]*.py"):
         imports = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]

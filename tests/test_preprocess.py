@@ -30,7 +30,7 @@ from ctbm.preprocess import (
     published_mask,
     read_hu,
     resize,
-    skull_box,
+    skull_crop,
     skull_mask,
     stages_figure,
     steps,
@@ -100,7 +100,7 @@ def test_bilinear_is_torchs(rows, cols):
 @pytest.mark.parametrize("name", SERIES)
 def test_skull_is_inside_and_headrest_outside(series, name):
     "The headrest of this series is bright, touches an ear and reaches columns 60 and 450"
-    box, hu = skull_box(series[name]), series[name]
+    box, hu = skull_crop(series[name]), series[name]
     assert 0 < box.top < box.bottom < 512 and 60 < box.left < box.right < 450
     dense = cv2.morphologyEx((hu > 400).astype(np.uint8), cv2.MORPH_OPEN, np.ones((9, 9), np.uint8)) # no shell is as thick
     thick = bounding_box(dense)
@@ -108,7 +108,7 @@ def test_skull_is_inside_and_headrest_outside(series, name):
 
 
 def test_box_changes_little_from_slice_to_slice(series):
-    boxes = np.array([skull_box(series[name]) for name in SERIES])
+    boxes = np.array([skull_crop(series[name]) for name in SERIES])
     assert np.abs(np.diff(boxes[:26], axis=0)).max() <= 40 # the last slices leave the head, 7 mm each
     sides = boxes[:, 1] - boxes[:, 0], boxes[:, 3] - boxes[:, 2]
     assert min(side[:24].min() for side in sides) > 250 and min(side.min() for side in sides) > 80
@@ -120,7 +120,7 @@ def test_stray_bright_pixels_do_not_move_the_box(series, name):
     rng = np.random.default_rng(0)
     hu[rng.integers(0, 512, 30), rng.integers(0, 40, 30)] = 3000
     hu[5:9, 480:484] = 3000 # an earring beside the head
-    assert skull_box(hu) == skull_box(series[name])
+    assert skull_crop(hu) == skull_crop(series[name])
     assert bounding_box(published_mask(hu)) != bounding_box(published_mask(series[name]))
 
 
@@ -132,49 +132,49 @@ def test_a_headrest_does_not_move_the_box(series, name, hu_of_rest):
     radius = np.hypot(rows - 200, cols - 256)
     rest = (radius > 295) & (radius < 307) & (rows > 250)
     hu[rest] = np.maximum(hu[rest], hu_of_rest)
-    assert skull_box(hu) == skull_box(series[name])
+    assert skull_crop(hu) == skull_crop(series[name])
 
 
 @pytest.mark.parametrize("name", ["05", "15", "24"])
 @pytest.mark.parametrize(("rows", "cols"), [(20, -16), (-12, 8), (24, 24)])
 def test_the_box_goes_with_the_head(series, name, rows, cols):
-    top, bottom, left, right = skull_box(series[name])
-    assert skull_box(shifted(series[name], rows, cols)) == (top + rows, bottom + rows, left + cols, right + cols)
+    top, bottom, left, right = skull_crop(series[name])
+    assert skull_crop(shifted(series[name], rows, cols)) == (top + rows, bottom + rows, left + cols, right + cols)
 
 
 @pytest.mark.parametrize("name", ["10", "15", "25"])
 def test_padding_is_not_tissue(series, name):
     hu, (rows, cols) = series[name].copy(), np.ogrid[:512, :512]
     hu[np.hypot(rows - 255.5, cols - 255.5) > 250] = AIR_HU
-    assert skull_box(hu) == skull_box(series[name])
+    assert skull_crop(hu) == skull_crop(series[name])
 
 
 def test_a_removed_bone_flap_does_not_cut_the_brain(head):
-    hu, box = head.copy(), skull_box(head)
+    hu, box = head.copy(), skull_crop(head)
     flap = np.zeros_like(hu, bool)
     flap[150:380, 330:] = True
     hu[flap & (hu > 100)] = 40
     bone = bounding_box(hu > 300)
-    assert skull_box(hu).right >= box.right - 16 > bone.left
+    assert skull_crop(hu).right >= box.right - 16 > bone.left
 
 
 @pytest.mark.parametrize("hu", [AIR_HU, -1000])
 def test_nothing_to_crop_is_the_whole_image(hu):
     blank = np.full((512, 384), hu, np.float32)
-    assert skull_box(blank) == bounding_box(published_mask(blank)) == (0, 512, 0, 384)
+    assert skull_crop(blank) == bounding_box(published_mask(blank)) == (0, 512, 0, 384)
     for spec in (Preprocess(), Preprocess.published()): assert not spec(blank).any()
 
 
 @pytest.mark.parametrize("side", [64, 96, 128, 200, 256, 300, 768, 1024])
 def test_the_box_does_not_depend_on_the_matrix(head, side):
-    box = np.array(skull_box(cv2.resize(head, (side, side), interpolation=cv2.INTER_AREA), margin_px=0)) / side
-    assert np.abs(box - np.array(skull_box(head, margin_px=0)) / 512).max() <= 2 / 64
+    box = np.array(skull_crop(cv2.resize(head, (side, side), interpolation=cv2.INTER_AREA), margin_px=0)) / side
+    assert np.abs(box - np.array(skull_crop(head, margin_px=0)) / 512).max() <= 2 / 64
 
 
 def test_margin(head):
-    tight, loose = skull_box(head, 0), skull_box(head, 9)
+    tight, loose = skull_crop(head, 0), skull_crop(head, 9)
     assert np.array_equal(np.subtract(tight, loose), [9, -9, 9, -9])
-    assert skull_box(head, 900) == (0, 512, 0, 512)
+    assert skull_crop(head, 900) == (0, 512, 0, 512)
     assert skull_mask(head)[tight.top : tight.bottom, tight.left : tight.right].sum() == skull_mask(head).sum()
 
 
@@ -399,7 +399,7 @@ def test_z_over_the_brain(head, crop, mask):
     brain = brain_mask(head, spacing_mm=mm)
     grey = window(head, *WINDOWS["brain"]) * (brain if mask == "brain" else 1)
     want = np.clip((grey - grey[brain].mean()) / grey[brain].std(), -Z_RANGE, Z_RANGE)
-    box = skull_box(head, 0) if crop == "skull" else bounding_box(head > -2000)
+    box = skull_crop(head, 0) if crop == "skull" else bounding_box(head > -2000)
     rows, cols = box.bottom - box.top, box.right - box.left
     spec = Preprocess(size=max(rows, cols), crop=crop, margin_px=0, windows=("brain",), mask=mask, intensity="zscore_brain") # no resampling
     place = letterbox((rows, cols), spec.size)

@@ -196,12 +196,12 @@ def _only(mask, voxel) -> np.ndarray:
 def test_the_outline_runs_along_the_voxels_of_the_mask(head_mr, monkeypatch):
     volume, mask = head_mr
     asked = {}
-    monkeypatch.setattr(viewer, "interactive", lambda draw, **controls: asked.update(draw=draw, **controls))
+    monkeypatch.setattr(viewer, "view", lambda stack, level, width, start: asked.update(stack=stack, at=(level, width), start=start))
     seg.show(volume, {"truth": mask, "prediction": np.roll(mask, 6, axis=0)})
-    figure = asked["draw"](asked["slice"][3], asked["level"][3], asked["width"][3])
+    figure = viewer.still({"": asked["stack"]}, asked["start"], *asked["at"])
     (ax,) = figure.axes
     green, orange = (collection.get_paths()[0].get_extents() for collection in ax.collections)
-    rows, cols = np.nonzero(seg.slices_of(mask, volume.affine)[asked["slice"][3] - 1])
+    rows, cols = np.nonzero(seg.slices_of(mask, volume.affine)[asked["start"]])
     assert np.allclose([green.x0, green.y0], [cols.min() - 0.5, rows.min() - 0.5], atol=0.6)
     assert np.allclose([green.x1, green.y1], [cols.max() + 0.5, rows.max() + 0.5], atol=0.6)
     assert {abs(green.x0 - orange.x0), abs(green.y0 - orange.y0)} == {0, 6}
