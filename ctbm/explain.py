@@ -14,7 +14,7 @@ __all__ = ['STEPS', 'SMOOTH', 'METHODS', 'FINE', 'FAINT', 'THICK', 'TOLERANCE_MM
            'figures_table', 'trial_sections', 'seen_yet_missed', 'firm_section', 'warns', 'write', 'write_into',
            'usable', 'cell_mm', 'cuts', 'write_pictures', 'patient_sections']
 
-# %% ../nbs/08_explain.ipynb #b61ec948
+# %% ../nbs/08_explain.ipynb #850dfda0
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -187,7 +187,7 @@ def overlay(
     colour = colormaps["inferno"](0.35 + 0.5 * share)[..., :3]  # its dark end would darken the brain, its pale end pass for bone
     return np.rint(255 * ((1 - cover) * grey + cover * colour)).astype(np.uint8)
 
-# %% ../nbs/08_explain.ipynb #5e51ad17
+# %% ../nbs/08_explain.ipynb #4a1db42e
 def show_overlay(
     ax: "Axes",
     hu: np.ndarray,  # float[rows, cols], HU
@@ -632,7 +632,7 @@ def found_masks(
             found |= {i: mask > 0 for i, mask in zip(archive["ids"].tolist(), archive["mask"], strict=True) if i in wanted and mask.any()}
     return found
 
-# %% ../nbs/08_explain.ipynb #acefb695
+# %% ../nbs/08_explain.ipynb #bfc9afcc
 KINDS = ("found", "missed", "false alarm", "quiet")
 MOST = 100  # slices with lesions that are tested, drawn by lot; more would take long and say little more
 

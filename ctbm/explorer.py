@@ -289,8 +289,6 @@ LOOK = """<style>
 .ctbm-explorer .four b { display: block; font-size: 18px; }
 .ctbm-explorer select { font-family: monospace; }
 .ctbm-explorer .widget-button { width: auto; }
-.ctbm-explorer .jupyter-widgets:not(:has(*)) { font-size: 13px !important; }
-.ctbm-explorer .jupyter-widgets:not(:has(*))::after { content: none !important; }
 </style>"""
 ROWS = {"sens": "sensitivity", "spec": "specificity", "ppv": "PPV", "npv": "NPV", "f1": "F1", "fbeta": "F{beta:g}",
         "cost": "cost of 1,000"}

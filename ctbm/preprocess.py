@@ -286,7 +286,7 @@ def coarse_skull(
     near = cv2.dilate(core, DISC)
     return cv2.morphologyEx(core | near & (small > BONE_HU), cv2.MORPH_CLOSE, SQUARE)
 
-# %% ../nbs/02_preprocess.ipynb #232104ad
+# %% ../nbs/02_preprocess.ipynb #09d442d0
 def skull_mask(
     hu:np.ndarray, # float32 [rows, cols]
 )->np.ndarray: # bool [rows, cols]
@@ -407,7 +407,7 @@ def standardised(
                   for plane, (mean, deviation) in zip(planes, scales, strict=True)])
     return np.clip((z + Z_RANGE) / (2 * Z_RANGE), 0, 1).astype(np.float32)
 
-# %% ../nbs/02_preprocess.ipynb #fd8fd62e
+# %% ../nbs/02_preprocess.ipynb #aee016d4
 CROPS, FLOORS, RESIZES = ("skull", "published", "none"), ("none", "published"), ("area", "bilinear")
 MASKS, INTENSITIES = ("none", "brain"), ("window", "zscore_brain", "zscore_slice")
 ORGANS = ("none", "brain", "lung") # what `lung.areas` can measure
@@ -456,7 +456,7 @@ def channels(
         plane[max(top, 0):max(top, 0) + seen.shape[0], max(left, 0):max(left, 0) + seen.shape[1]] = seen
     return np.minimum(out, 1, out=out) # averaging can round above 1
 
-# %% ../nbs/02_preprocess.ipynb #fffdd548
+# %% ../nbs/02_preprocess.ipynb #ce0ac0c1
 @dataclass(frozen=True)
 class Preprocess:
     "What is done to an HU image before a network sees it; call it on one"

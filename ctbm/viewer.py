@@ -157,8 +157,8 @@ STYLE = """<style>
 /* the static picture gives way to live sliders */
 .jp-OutputArea-child:has(.ctbm-style) + .jp-OutputArea-child:has(+ .jp-OutputArea-child .ctbm-live) { display: none; }
 /* widgets whose kernel is gone give way to a note */
-.jp-OutputArea-child:has(.ctbm-style) + * + * .jupyter-widgets:not(:has(*)) { font-size: 0; }
-.jp-OutputArea-child:has(.ctbm-style) + * + * .jupyter-widgets:not(:has(*))::after {
+.jp-OutputArea-child:has(.ctbm-style) + * + * .jp-OutputArea-output.jupyter-widgets:not(:has(*)) { font-size: 0; }
+.jp-OutputArea-child:has(.ctbm-style) + * + * .jp-OutputArea-output.jupyter-widgets:not(:has(*))::after {
   font-size: 12px; content: "Run this cell again to have it live.";
 }
 .jp-OutputArea-child:has(.ctbm-style) { display: none; }

@@ -1,5 +1,6 @@
 "A real browser and a real JupyterLab, for tests of what people see."
 
+import json
 import os
 import shutil
 import socket
@@ -14,6 +15,7 @@ from urllib.request import urlopen
 
 import nbformat
 from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import TimeoutError as Late
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 QUIET = ("--no-sandbox", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync",
@@ -28,6 +30,8 @@ def chromium() -> str | None:
 # Every cell that holds code has the number of a finished run.
 RAN = """() => [...document.querySelectorAll('.jp-Notebook .jp-CodeCell')].every(
   cell => /\\[\\d+\\]/.test(cell.querySelector('.jp-InputPrompt').textContent) || !cell.querySelector('.cm-content').textContent.trim())"""
+
+STARTED = "() => [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].some(prompt => /\\[[*\\d]/.test(prompt.textContent))"
 
 
 @contextmanager
@@ -45,6 +49,11 @@ def browser_page(
         page.on("pageerror", lambda error: page.said.append(str(error)))
         yield page
         browser.close()
+
+
+# Nothing is asked: not which kernel, not whether there is news.
+SETTINGS = {"@jupyterlab/notebook-extension/tracker.jupyterlab-settings": {"autoStartDefaultKernel": True},
+            "@jupyterlab/apputils-extension/notification.jupyterlab-settings": {"fetchNews": "false", "checkForUpdates": False}}
 
 
 def free_port() -> int:
@@ -75,9 +84,11 @@ def jupyter_lab(
     port, settings = free_port(), folder / ".jupyter"
     homes = {f"JUPYTER_{what}_DIR": str(settings / what.lower()) for what in ("CONFIG", "DATA", "RUNTIME")}
     words = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--ServerApp.port_retries=0",
-             "--IdentityProvider.token=", "--ServerApp.password=", f"--LabApp.workspaces_dir={settings}", "--LabApp.news_url=None",
+             "--IdentityProvider.token=", "--ServerApp.password=", f"--LabApp.workspaces_dir={settings}",
              f"--LabApp.user_settings_dir={settings}", f"--ServerApp.root_dir={folder}"]
-    settings.mkdir()
+    for name, values in SETTINGS.items():
+        (settings / name).parent.mkdir(parents=True)
+        (settings / name).write_text(json.dumps(values))
     with (settings / "server.log").open("w") as log:
         server = subprocess.Popen(words, stdout=log, stderr=log, env=os.environ | homes)
         try:
@@ -85,7 +96,8 @@ def jupyter_lab(
             yield f"http://127.0.0.1:{port}"
         finally:
             server.terminate()
-            server.wait(30)
+            try: server.wait(30)
+            except subprocess.TimeoutExpired: server.kill()
 
 
 def run_all(
@@ -98,8 +110,13 @@ def run_all(
     page.goto(f"{lab}/lab/tree/{name}?reset")
     page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=60_000)
     page.locator("[data-status='idle']").first.wait_for(timeout=60_000)
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_text("Run All Cells", exact=True).click()
+    for _ in range(20):  # the command does nothing until the kernel is connected
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_text("Run All Cells", exact=True).click()
+        try:
+            page.wait_for_function(STARTED, timeout=3000)
+            break
+        except Late: pass
     page.wait_for_function(RAN, timeout=1000 * seconds)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+import time
 from pathlib import Path
 
 import nibabel
@@ -138,32 +139,34 @@ SHOWN = """() => { const box = document.querySelector('.ctbm-explorer');
           exact: Number(box.querySelector('input[type=number]').value), text: box.textContent}; }"""
 
 
+def until(page, good, seconds: float = 30) -> dict:
+    "What is shown, once it is as expected; the screen follows the kernel a little later."
+    end = time.monotonic() + seconds
+    while not good(shown := page.evaluate(SHOWN)) and time.monotonic() < end: page.wait_for_timeout(200)
+    assert good(shown), shown
+    return shown
+
+
 def test_in_jupyterlab(small_run, tmp_path):
     table, own = oof(small_run), runs.read_json(small_run / "threshold_selection.json")["threshold"]
     wanted = between(table, own)
     write_notebook(tmp_path / "x.ipynb", "from ctbm.explorer import explore", f"seen = explore({str(small_run)!r})\nseen",
                    f"seen.threshold = {wanted}")
     counted = lambda cut: [thresholds.rates(table.label, table.score, cut)[k] for k in ("tp", "fn", "fp", "tn")]
+    moved = lambda cut: explorer.flips(explorer.read(small_run)["slices"], cut)
+    listed = lambda cut: [f"{score:.4f}" for score in moved(cut).head(explorer.LISTED).score]
+    follows = lambda shown: shown["counts"] == counted(shown["exact"]) and [r.split()[0] for r in shown["rows"]] == listed(shown["exact"])
     with jupyter_lab(tmp_path) as lab, browser_page() as page:
         run_all(page, lab, "x.ipynb")
-        page.wait_for_function(f"() => ({SHOWN})().exact == {wanted}")         # set in a cell, seen on the screen
-        shown = page.evaluate(SHOWN)
-        assert shown["counts"] == counted(wanted) and len(shown["rows"]) >= 3
+        page.locator(".ctbm-explorer select[size]").wait_for(state="attached")
+        assert len(until(page, lambda s: s["exact"] == wanted and follows(s))["rows"]) >= 3  # set in a cell, seen on the screen
         page.get_by_role("button", name="back to the run's").click()
-        page.wait_for_function(f"() => ({SHOWN})().exact == {own}")
-        shown = page.evaluate(SHOWN)
-        assert shown["counts"] == counted(own) and not shown["rows"] and "no slice changes sides" in shown["text"]
+        until(page, lambda s: s["exact"] == own and follows(s) and "no slice changes sides" in s["text"])
         page.locator(".ctbm-explorer .noUi-handle").first.focus()
         for _ in range(40): page.keyboard.press("ArrowLeft")
-        page.wait_for_function(f"() => ({SHOWN})().rows.length > 0")
-        page.wait_for_timeout(1500)
-        shown = page.evaluate(SHOWN)
-        cut = shown["exact"]
-        moved = explorer.flips(explorer.read(small_run)["slices"], cut)
-        assert cut < own and shown["counts"] == counted(cut)
-        assert [row.split()[0] for row in shown["rows"]] == [f"{score:.4f}" for score in moved.score]
-        assert all(i in row for i, row in zip(moved.id, shown["rows"], strict=True))
+        cut = until(page, lambda s: s["exact"] < own - 39 * explorer.explore(small_run).reach[2] and follows(s))["exact"]
         page.locator(".ctbm-explorer select[size]").select_option(index=0)
         page.locator(".ctbm-explorer canvas").first.wait_for()
-        page.wait_for_function(f"() => document.querySelector('.ctbm-explorer').innerText.includes('{moved.id[0]}')")
+        said = f"label {moved(cut).label[0]}, score {moved(cut).score[0]:.3f}"  # stands in the corner of the slice
+        page.wait_for_function(f"() => document.querySelector('.ctbm-explorer').innerText.includes('{said}')")
         assert not page.said
