@@ -28,8 +28,8 @@ def chromium() -> str | None:
     return next(filter(None, map(shutil.which, NAMES)), None)
 
 # Every cell that holds code has the number of a finished run.
-RAN = """() => [...document.querySelectorAll('.jp-Notebook .jp-CodeCell')].every(
-  cell => /\\[\\d+\\]/.test(cell.querySelector('.jp-InputPrompt').textContent) || !cell.querySelector('.cm-content').textContent.trim())"""
+RAN = """() => [...document.querySelectorAll('.jp-Notebook .jp-CodeCell')].every(cell =>
+  /\\[\\d+\\]/.test(cell.querySelector('.jp-InputPrompt')?.textContent) || cell.querySelector('.cm-content')?.textContent.trim() === '')"""
 
 STARTED = "() => [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].some(prompt => /\\[[*\\d]/.test(prompt.textContent))"
 

@@ -23,6 +23,7 @@ def where(tmp_path): return {"outputs": str(tmp_path / "outputs"), "packs": str(
 def told(run, name): return pd.read_csv(run / name, keep_default_na=False, na_values=[""])
 
 
+@pytest.mark.slow
 def test_pictures_of_windows_go_the_whole_way(chests, tmp_path, capsys):
     rsna = chest.write_competition(chests, tmp_path / "rsna")
     options = TINY | CLASSIFIER | {"data_root": rsna, "cts": "train-jpegs", "labels": "train.csv"} | where(tmp_path)

@@ -76,10 +76,9 @@ def test_papermill_compares_finished_runs(pair, tmp_path):
     done = papermill(tmp_path / "out.ipynb", "-y", json.dumps({"runs": [str(run) for run in pair]}))
     assert done.returncode == 0, done.stderr[-2000:]
     said = (tmp_path / "out.ipynb").read_text(encoding="utf8")
-    for figure in report.side_by_side(pair)["AUROC"]:
+    figures = report.side_by_side(pair)["AUROC"]
+    for figure in [*figures.xs("patients", level="of"), *figures["test"], *report.differences(pair).difference["test"]]:
         assert figure in said
-    for difference in report.differences(pair).difference:
-        assert difference in said
     assert said.count("image/png") == 3 and '"output_type": "error"' not in said
 
 
@@ -175,7 +174,7 @@ def test_costs_are_those_of_the_run(pair):
     e = report.evidence(pair[0])
     e.manifest = e.manifest | {"peak_mb": {"process": 800.0}}
     found = report.costs({"a": e, "b": report.evidence(pair[1])})
-    assert found.loc["a", "memory (MB)"] == 800 and found.drop(columns="GPU memory (MB)").loc["b"].isna().sum() == 1
+    assert found.loc["a", "memory (MB)"] == 800 and not found.drop(columns="GPU memory (MB)").isna().any(axis=None)
     assert found["all (min)"].to_numpy() * 60 == pytest.approx([sum(e.manifest["seconds"].values())] * 2)
     tensors = load_file(pair[0] / "final_model_state_dict.safetensors")
     counted = sum(v.size for k, v in tensors.items() if not k.endswith(report.NOT_LEARNT))

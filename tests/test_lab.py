@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ctbm import cohort
+from ctbm import cohort, phantom
 from ctbm.eda import series_images
 from ctbm.preprocess import WINDOWS, read_hu
 from tests.browser import browser_page, jupyter_lab, run_all, write_notebook
@@ -68,15 +68,15 @@ def shows(page, hu, level, width):
     return np.abs(canvas(page).astype(float) - np.clip((hu - (level - width / 2)) * 255 / width, 0, 255)).max() <= 1.5
 
 
-def test_eda_in_jupyterlab(data, folder, lab, page):
-    head = data / "headct_ge_hispeed_tilt18p5"
+def test_eda_in_jupyterlab(folder, lab, page):
+    head = phantom.make_cohort(folder / "one", n_patients=1, positive=1, layout="patients", jobs=1, progress=False) / "CTs"
     notebook = nbformat.read(folder / "01_eda.ipynb", 4)
     (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     own = nbformat.v4.new_code_cell(f"view_series(cohort.scan({str(head)!r}))")
     notebook.cells.append(own)
     nbformat.write(notebook, folder / "01_eda.ipynb")
 
-    run_all(page, lab, "01_eda.ipynb", 240)
+    run_all(page, lab, "01_eda.ipynb", 400)
     assert parameters.source and not page.locator("[data-mime-type='application/vnd.jupyter.error']").count()
     assert not page.locator("[data-mime-type='application/vnd.jupyter.stderr']").count(), "a warning"
     made = page.locator(".ctbm-viewer").last

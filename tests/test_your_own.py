@@ -70,6 +70,7 @@ def done(export) -> tuple[Path, str]:
     return work, said(out)
 
 
+@pytest.mark.slow
 def test_an_export_becomes_a_run_with_a_report(done):
     work, told = done
     run = runs.latest(work / "outputs")
@@ -79,6 +80,7 @@ def test_an_export_becomes_a_run_with_a_report(done):
     assert f"{chosen['threshold']:.4g} (cost" in told
 
 
+@pytest.mark.slow
 def test_the_working_copy_keeps_pixels_and_no_name(done, export):
     work, _ = done
     key = pd.read_csv(work / "key" / "key.csv", dtype=str)
