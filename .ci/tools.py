@@ -1,7 +1,7 @@
 """What the tests drive and pip does not carry: a browser, and the programs that check DICOM files.
 
 Debian and its kin get them from their own packages where the tests run as root, as in a container. Elsewhere the browser is Playwright's;
-without the DICOM programs their tests say that they skip.
+what cannot be had is said here, and by the tests that skip for want of it.
 """
 import os
 import shutil
@@ -23,14 +23,13 @@ def get(
 ) -> None:
     "Debian's packages, for root."
     apt = ["apt-get", "--quiet=2", "--option=Dpkg::Use-Pty=0"]
-    subprocess.run([*apt, "update"], check=True)
-    subprocess.run([*apt, "install", "--yes", "--no-install-recommends", *packages], check=True, stdout=subprocess.DEVNULL,
-                   env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"})
+    settings = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    for words in (["update"], ["install", "--yes", "--no-install-recommends", *packages]):
+        subprocess.run([*apt, *words], stdout=subprocess.DEVNULL, env=settings)
 
 
 if __name__ == "__main__":
     missing = wanted()
     if missing and shutil.which("apt-get") and hasattr(os, "geteuid") and os.geteuid() == 0: get(missing)
-    if "chromium" in wanted(): subprocess.run([sys.executable, "-m", "playwright", "install", "chromium"], check=True)
-    left = [package for package in wanted() if package != "chromium"]
-    if left: print(f"not installed: {', '.join(left)}; tests that need them skip")
+    if "chromium" in wanted(): subprocess.run([sys.executable, "-m", "playwright", "install", "chromium"])
+    if left := wanted(): print(f"not installed for the whole system: {', '.join(left)}; tests that find none skip, and say so")

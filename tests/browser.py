@@ -14,6 +14,7 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 import nbformat
+import pytest
 from playwright.sync_api import Page, sync_playwright
 from playwright.sync_api import TimeoutError as Late
 
@@ -42,6 +43,8 @@ def browser_page(
 ) -> Iterator[Page]:
     "A page of a headless browser; `page.said` holds what it wrote to its console as an error."
     with sync_playwright() as playwright:
+        if chromium() is None and not Path(playwright.chromium.executable_path).is_file():
+            pytest.skip("no browser: install chromium, or `python -m playwright install chromium`")
         browser = playwright.chromium.launch(executable_path=chromium(), args=[*QUIET, *SOFTWARE_GL])
         page = browser.new_page(viewport={"width": width, "height": height}, **how)
         page.said = []
