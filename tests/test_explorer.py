@@ -147,6 +147,7 @@ def until(page, good, seconds: float = 30) -> dict:
     return shown
 
 
+@pytest.mark.slow
 def test_in_jupyterlab(small_run, tmp_path):
     table, own = oof(small_run), runs.read_json(small_run / "threshold_selection.json")["threshold"]
     wanted = between(table, own)
